@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vaopd.core import Head
+if TYPE_CHECKING:
+    from vaopd.core import Head
 
 ORIGINAL = "original"  # the image as the data has it
 DEGRADED = "degraded"  # the same image after the configured view (vaopd.views), same size
