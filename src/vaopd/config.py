@@ -1,0 +1,249 @@
+"""The typed configuration of a run, read from YAML. Light to import: a misspelt key is answered before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+
+from vaopd.errors import ConfigError, did_you_mean
+
+# method -> its numbers with their defaults (method.md of the paper: tau = 1, lambda = 0.5, p_v = 0.2); the same names as the
+# weightings of vaopd.core
+METHODS: dict[str, dict[str, Any]] = {
+    "va_opd": {"tau": 1.0, "lam": 0.5, "p_visual": 0.2, "eps": 1e-6},
+    "opd": {},
+    "rollout_only": {"tau": 1.0, "eps": 1e-6},
+    "token_only": {"lam": 0.5, "p_visual": 0.2},
+    "random_tokens": {"tau": 1.0, "lam": 0.5, "p_visual": 0.2, "eps": 1e-6, "seed": 0},
+    "mask_tokens": {"which": "top", "share": 0.1, "seed": 0},
+    "off_policy_kd": {},
+    "sft": {},
+}
+OFF_POLICY = ("off_policy_kd", "sft")  # they learn from the data's solutions, not from the student's rollouts
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodConfig(_Strict):
+    """A method's name and its numbers. In YAML: `va_opd`, or `{va_opd: {tau: 0.5}}`."""
+
+    name: str
+    numbers: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {value: {}}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, numbers),) = value.items()
+            return {"name": name, "numbers": numbers or {}}
+        return value
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        if self.name not in METHODS:
+            raise ValueError(f"unknown method '{self.name}'.{did_you_mean(self.name, METHODS)} Known: {', '.join(METHODS)}")
+        for key, value in self.numbers.items():
+            known = METHODS[self.name]
+            if key not in known:
+                raise ValueError(f"method '{self.name}' has no number '{key}'.{did_you_mean(key, known)} It has: {', '.join(known) or 'none'}")
+            if isinstance(value, bool) or not isinstance(value, str if isinstance(known[key], str) else int | float):
+                raise ValueError(f"'{key}' of method '{self.name}' must be like {known[key]!r}, found {value!r}")
+        return self
+
+    @model_serializer
+    def _to_yaml(self) -> Any:
+        return {self.name: self.numbers} if self.numbers else self.name
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether the responses come from the data's solutions."""
+        return self.name in OFF_POLICY
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{key}={value}" for key, value in self.numbers.items())
+        return f"{self.name}({numbers})" if numbers else self.name
+
+
+class DataConfig(_Strict):
+    """JSONL or Parquet files; rows have images, problem and optionally answer and solution."""
+
+    train: Path
+    eval: Path | None = None
+
+
+class ViewConfig(_Strict):
+    """How the image is degraded for the teacher's second view. `resolution`: what the ratio is relative to."""
+
+    name: str = "pixelate"
+    ratio: float = Field(0.1, gt=0, lt=1)
+    resolution: Literal["original", "shown", "lowest"] = "original"
+
+
+class RolloutConfig(_Strict):
+    """Sampling of the student's answers. The paper's appendix samples at 0.7 / 0.95; 1.0 / 1.0 is strictly on-policy."""
+
+    k: int = Field(4, ge=1)
+    max_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    rows: int = Field(64, ge=1, description="rollouts decoded side by side")
+
+
+class OptimConfig(_Strict):
+    """AdamW on fp32 weights (the paper's appendix: lr 1e-6, betas 0.9 / 0.95, decay 0.1, cosine with 5 % warm-up)."""
+
+    lr: float = Field(1e-6, gt=0)
+    prompts_per_step: int = Field(16, ge=1)
+    epochs: float = Field(5, gt=0)
+    steps: int | None = Field(None, ge=1, description="instead of epochs")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    tokens_per_forward: int = Field(16384, ge=1, description="prompt and response tokens, with padding, of one micro-batch")
+    train_vision: bool = True
+
+
+class EvalConfig(_Strict):
+    """Held-out evaluation: `k` samples a question at temperature 1 (avg@k)."""
+
+    every: int = Field(50, ge=1, description="steps between evaluations")
+    k: int = Field(8, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    questions: int | None = Field(None, ge=1, description="how many questions the evaluations during training use; the final one uses all")
+    samples: int = Field(8, ge=0, description="questions whose rollouts are kept with token scores")
+
+
+class CheckpointConfig(_Strict):
+    """Atomic checkpoints; the best and the last are never deleted."""
+
+    every: int | None = Field(None, ge=1, description="steps between checkpoints; default: eval.every")
+    keep: int = Field(2, ge=2)
+
+
+class RunConfig(_Strict):
+    """One run: everything `vaopd train` needs."""
+
+    run: Path
+    method: MethodConfig = MethodConfig(name="va_opd")
+    student: str
+    teacher: str | None = None
+    data: DataConfig
+    view: ViewConfig = ViewConfig()
+    deadband: float = Field(1e-4, ge=0, description="visual advantage below it counts as zero, nats")
+    divergence: str | None = Field(None, description="reverse_kl, forward_kl, jsd or jsd:BETA; default: what the method names")
+    rollouts: RolloutConfig = RolloutConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    seed: int = Field(0, ge=0)
+
+    @field_validator("student", "teacher")
+    @classmethod
+    def _no_empty_name(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("must be a folder, a hub name or builtin:NAME, found an empty text")
+        return value
+
+    @model_validator(mode="after")
+    def _teacher_where_needed(self) -> RunConfig:
+        if self.method.name != "sft" and self.teacher is None:
+            raise ValueError(f"method '{self.method.name}' needs a teacher: add `teacher: FOLDER or hub name`")
+        return self
+
+    @property
+    def loss(self) -> str:
+        """The divergence between student and teacher, or `nll` for sft."""
+        if self.method.name == "sft":
+            return "nll"
+        return self.divergence or ("forward_kl" if self.method.name == "off_policy_kd" else "reverse_kl")
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as a recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or a key or value is wrong; names the key and the nearest right one.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {path.absolute()}. Give the path of a YAML file, as in: vaopd train recipe.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of keys to values, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, where=str(path))
+
+
+def parse_config(values: dict[str, Any], *, where: str = "configuration") -> RunConfig:
+    """Validate a configuration given as plain values. Raises ConfigError."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(problem)}" for problem in error.errors())) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"an override has the form key=value, found '{override}'. Example: --set optim.lr=1e-6")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        nested = values.setdefault(parent, {})
+        if not isinstance(nested, dict):
+            nested = values[parent] = {}
+        values = nested
+    try:
+        values[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of override '{override}' is not valid YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML reads `1e-6` as text (it wants `1.0e-6`); people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(problem["loc"][:-1])
+        return f"unknown key '{where}'.{did_you_mean(str(problem['loc'][-1]), known)} Known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"'{where}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = "" if problem["type"] == "value_error" else f", found {problem['input']!r}"
+    return f"{where + ': ' if where else ''}{message}{value}"
+
+
+def _fields_at(path: Sequence[Any]) -> list[str]:
+    model: Any = RunConfig
+    for part in path:
+        field = model.model_fields.get(part)
+        model = field.annotation if field else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
