@@ -9,6 +9,7 @@ ordinary text all the time, so this needs nothing from its family.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,7 +81,8 @@ class ControlText:
             separator = self.separator("")
             cut, count = self.cut(text, separator)
             ids = self.remove(self._encode(cut), separator, count)
-            if self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
+            reads = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if unicodedata.normalize("NFC", reads) != unicodedata.normalize("NFC", text):  # many tokenizers normalise to NFC
                 raise DataError(
                     "the text contains control text, and reads differently when written without control tokens. Reword the text."
                 )

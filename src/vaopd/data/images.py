@@ -17,6 +17,7 @@ from vaopd.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 40_000_000  # 120 MB as RGB; a 24-megapixel photograph passes
+MAX_BYTES = 200_000_000  # of an encoded image; no real one within MAX_PIXELS is larger
 
 
 def decode(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -60,14 +61,17 @@ def png_bytes(image: Image.Image) -> bytes:
 
 def _read(source: Path | bytes, name: str) -> bytes:
     if isinstance(source, bytes):
-        data = source
+        data, size = source, len(source)
     elif not source.is_file():  # neither missing files nor devices and pipes, which could block or never end
         raise DataError(f"{name} does not exist or is no ordinary file. Check the path.")
     else:
         try:
-            data = source.read_bytes()
+            size = source.stat().st_size
+            data = source.read_bytes() if size <= MAX_BYTES else b""
         except OSError as error:
             raise DataError(f"{name} can't be read ({error.strerror}). Check its permissions.") from error
+    if size > MAX_BYTES:
+        raise DataError(f"{name} has {size:,} bytes; at most {MAX_BYTES:,} are read. Scale it down.")
     if not data:
         raise DataError(f"{name} is empty (0 bytes). Export or download it again.")
     return data

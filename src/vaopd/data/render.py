@@ -57,6 +57,12 @@ class Renderer:
             raise DataError(f"example '{example.id}': without its images there is no question left to ask.")
         return self(Example(id=example.id, images=(), problem=text))
 
+    def degraded_images(self, example: Example) -> list[Image.Image]:
+        """The images of an example as the degraded view has them, for people to look at."""
+        images = [_decode(source, number) for number, source in enumerate(example.images, 1)]
+        text, _, _ = self._chat_text(split_marks(example.problem, len(images)))
+        return self._degraded(images, self._process(text, images), DEGRADED) if images else []
+
     def encode_response(self, text: str, row: str = "") -> Tensor:
         """(T,) int64: a given response as the student would have written it, with the token that ends its turn."""
         try:
@@ -110,7 +116,22 @@ class Renderer:
                     "the chat template drops, repeats or reorders texts of the user's message; use a template that keeps them."
                 )
             literals.append(literal)
-        return [*literals, rest]
+        literals.append(rest)
+        self._check_image_places(parts, literals)
+        return literals
+
+    def _check_image_places(self, parts: Sequence[Part], literals: Sequence[str]) -> None:
+        """Refuses a template that moves images; one that writes no `image_token` for each can't be checked and passes."""
+        wanted = [0]
+        for part in parts:
+            if part is None:
+                wanted[-1] += 1
+            else:
+                wanted.append(0)
+        token = getattr(self._processor, "image_token", None)
+        found = [literal.count(token) for literal in literals] if token else wanted
+        if sum(found) == sum(wanted) and found != wanted:
+            raise DataError("the chat template moves images away from their marks. Put the images before the text.")
 
     def _template(self, parts: Sequence[Part], answer: str | None = None) -> str:
         content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
@@ -130,7 +151,10 @@ class Renderer:
 
     def _turn_end(self) -> int:
         nonce = f"text{secrets.token_hex(8)}"
-        ending = self._template(["a"], answer=nonce).partition(nonce)[2]
+        try:
+            ending = self._template(["a"], answer=nonce).partition(nonce)[2]
+        except Exception:  # templates for prompts alone refuse or can't read an assistant's turn: the tokenizer's EOS is what is left
+            ending = ""
         id_ = self._control.first_id(ending)
         id_ = self._processor.tokenizer.eos_token_id if id_ is None else id_
         if id_ is None:

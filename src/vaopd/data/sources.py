@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 IMAGE_MARK = "<image>"
 FIELDS = ("id", "images", "image", "problem", "answer", "solution")
 
+_URL_OR_DRIVE = re.compile(r"[a-z][a-z0-9+.-]*://|(?:file|data|https?|ftp|s3|gs|hf):|[a-z]:[\\/]|//|\\\\", re.IGNORECASE)
+
 log = logging.getLogger(__name__)
 
 
@@ -52,14 +54,14 @@ def iterate_rows(path: Path | str) -> Iterator[Example | DataError]:
     Raises `DataError` where nothing more can be read: a missing or foreign file, a column that is wrong as a whole, no rows at all.
     """
     path = Path(path)
-    seen: dict[str, str] = {}
+    root, seen = path.parent.resolve(), dict[str, str]()
     for where, number, row in _rows(path):
         try:
             if isinstance(row, DataError):
                 raise row
-            example = _example(row, f"row-{number}", path.parent.resolve(), where)
+            example = _example(row, f"row-{number}", root, where)
             if example.id in seen:
-                raise DataError(f"{where}, field 'id': {example.id!r} is already the id of {seen[example.id]}. Ids must be unique.")
+                raise DataError(f"{where}, field 'id': {_short(example.id)!r} is already the id of {seen[example.id]}. Ids must be unique.")
             seen[example.id] = where
         except DataError as error:
             yield error
@@ -108,7 +110,9 @@ def _write_image(source: Path | bytes, folder: Path) -> str:
     image = decode(source)
     relative = f"images/{content_hash(image)[:32]}.png"
     if not (folder / relative).exists():
-        (folder / relative).write_bytes(png_bytes(image))
+        unfinished = folder / f"{relative}.unfinished"  # an interrupted write must not look like the image
+        unfinished.write_bytes(png_bytes(image))
+        os.replace(unfinished, folder / relative)
     return relative
 
 
@@ -125,9 +129,12 @@ def _rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"data set '{path}' does not exist or is no file.{_nearby(path)}")
     empty = True
-    for row in readers[path.suffix.lower()](path):
-        empty = False
-        yield row
+    try:
+        for row in readers[path.suffix.lower()](path):
+            empty = False
+            yield row
+    except OSError as error:
+        raise DataError(f"data set '{path}' can't be read ({error}). Check the file and its permissions.") from error
     if empty:
         raise DataError(f"data set '{path}' has no rows. Write at least one.")
 
@@ -151,13 +158,15 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any] | DataError:
         return DataError(f"{where}: not UTF-8 (byte {error.start}). Save the file as UTF-8.")
     except json.JSONDecodeError as error:
         return DataError(f"{where}: invalid JSON at column {error.colno}: {error.msg}. Write one JSON object per line.")
-    except (DataError, RecursionError) as error:
+    except DataError as error:
         return DataError(f"{where}: {error}")
+    except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
+        return DataError(f"{where}: JSON that can't be read ({error}). Write one plain JSON object per line.")
     if not isinstance(row, dict):
         return DataError(f'{where}: a row must be a JSON object like {{"problem": …}}, got {_kind(row)}.')
     for key in row:
         if key not in FIELDS:
-            return DataError(f"{where}: unknown field '{key}'.{did_you_mean(key, FIELDS)} Known: {', '.join(FIELDS)}.")
+            return DataError(f"{where}: unknown field '{_short(key)}'.{did_you_mean(key, FIELDS)} Known: {', '.join(FIELDS)}.")
     return row
 
 
@@ -165,7 +174,7 @@ def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, value in pairs:
         if key in row:
-            raise DataError(f"field '{key}' is given twice. Keep one.")
+            raise DataError(f"field '{_short(key)}' is given twice. Keep one.")
         row[key] = value
     return row
 
@@ -181,7 +190,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(f"data set '{path}' is no readable Parquet file ({error}). Export or download it again.") from error
 
 
@@ -292,7 +301,7 @@ def _image(value: object, root: Path, where: str) -> Path | bytes:
 
 def _inside(reference: str, root: Path, where: str) -> Path:
     """The file that a reference names, links resolved; refuses whatever isn't an ordinary file inside `root`."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", reference) or reference.startswith(("//", "\\\\")):
+    if _URL_OR_DRIVE.match(reference):
         raise DataError(
             f"{where}: '{_short(reference)}' is a URL or names a drive; none is ever opened. Download the image and give its relative path."
         )
@@ -302,7 +311,7 @@ def _inside(reference: str, root: Path, where: str) -> Path:
         path = (root / reference).resolve()
         inside, is_file = path.is_relative_to(root), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{where}: '{_short(reference)}' is no usable path ({error}).") from None
+        raise DataError(f"{where}: '{_short(reference)}' is no usable path ({_short(str(error))}).") from None
     if not inside:
         raise DataError(f"{where}: '{_short(reference)}' leads outside the data file's folder, '{root}'. Copy the image into it.")
     if not is_file:
