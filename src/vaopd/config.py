@@ -76,7 +76,8 @@ class DataConfig(_Strict):
     """JSONL or Parquet files; rows have images, problem and optionally answer and solution."""
 
     train: Path
-    eval: Path | None = None
+    eval: Path | None = None  # chooses the best checkpoint
+    test: Path | None = None  # the final evaluation; default: eval
 
 
 class ViewConfig(_Strict):
@@ -121,6 +122,7 @@ class EvalConfig(_Strict):
     temperature: float = Field(1.0, gt=0)
     questions: int | None = Field(None, ge=1, description="how many questions the evaluations during training use; the final one uses all")
     samples: int = Field(8, ge=0, description="questions whose rollouts are kept with token scores")
+    baselines: bool = Field(True, description="the final evaluation includes the untrained student and the teacher")
 
 
 class CheckpointConfig(_Strict):

@@ -1,0 +1,69 @@
+"""Whether a response gives the right answer: its final answer is found and compared by rule, without a judge."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_ANSWER = re.compile(r"answer\s*(?:is|:|=)\s*(?:is\s+)?(.+)", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?|[-+]?\.\d+")
+_ARTICLES = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Whether the response's final answer equals `answer`: as numbers where both are numbers, else as words, ignoring case and articles."""
+    given, wanted = final_answer(response), _bare(answer)
+    given_number, wanted_number = _as_number(given), _as_number(wanted)
+    if wanted_number is not None:
+        return given_number is not None and _close(given_number, wanted_number)
+    return given.casefold() == wanted.casefold()
+
+
+def final_answer(response: str) -> str:
+    r"""What a response answers: the last `\boxed{…}`, else what follows the last "answer is", else the last number, else all of it."""
+    boxed = _last_boxed(response)
+    if boxed is not None:
+        return _bare(boxed)
+    said = _ANSWER.findall(response)
+    if said:
+        return _bare(_first_sentence(said[-1]))
+    numbers = _NUMBER.findall(response)
+    return _bare(numbers[-1] if numbers else response)
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{…}`, braces nested; None without one or with one that isn't closed."""
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 1, start + len(r"\boxed{")
+    for place in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[begin:place]
+    return None
+
+
+def _first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a sentence; `3.5` goes on."""
+    return re.split(r"[.!?](?:\s|$)|\n", text, maxsplit=1)[0]
+
+
+def _bare(text: str) -> str:
+    """Without surrounding space, quotes, dollar signs, a closing stop or an article."""
+    text = text.strip().strip("$\"'`* ").rstrip(".").strip()
+    return " ".join(_ARTICLES.sub("", text).split())
+
+
+def _as_number(text: str) -> Fraction | None:
+    if not _NUMBER.fullmatch(text):
+        return None
+    try:
+        return Fraction(re.sub(r"[,\s]", "", text)) if "." not in text.partition("/")[2] else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _close(a: Fraction, b: Fraction) -> bool:
+    """Equal up to rounding in the sixth significant digit."""
+    return abs(a - b) <= Fraction(1, 10**6) * max(abs(a), abs(b))

@@ -1,0 +1,106 @@
+"""The hidden states that predict the responses, row by row: one row per rollout, prompt and response, right-padded.
+
+The reference for faster ways of computing the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vaopd.core import Head
+from vaopd.models.families import family_of
+from vaopd.types import Group, Prompt
+
+
+def view_images(prompt: Prompt, view: str) -> Any:
+    """The image tensors of a prompt under a view; a text-only prompt looks the same under every view."""
+    if not prompt.images:
+        return {}
+    if view not in prompt.images:
+        raise ValueError(f"prompt '{prompt.id}' was rendered without view '{view}'; it has: {', '.join(prompt.images)}")
+    return prompt.images[view]
+
+
+def rows(model: Any, groups: Sequence[Group], view: str) -> Tensor:
+    """(N, H) hidden states that predict the response tokens of all groups, flat, in order.
+
+    Args:
+        model: a Hugging Face image-text-to-text model.
+        groups: rendered prompts with at least one response token in total; empty responses are allowed.
+        view: which rendering of the images the model sees.
+    """
+    family, device = family_of(model), model.device
+    siblings = [(group.prompt, response) for group in groups for response in group.responses]
+    positions = {id(group.prompt): family.prompt_positions(model, group.prompt) for group in groups}
+    ids = [torch.cat([prompt.ids_P, response[:-1]]) for prompt, response in siblings]
+    places = [continue_positions(positions[id(prompt)], len(response) - 1) for prompt, response in siblings]
+    ids_RL = pad_sequence(ids, batch_first=True)
+    attention_RL = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    positions_ARL = pad_sequence([place.T for place in places], batch_first=True).permute(2, 0, 1)
+    images = family.encode_images(model, [view_images(g.prompt, view) for g in groups], [len(g.responses) for g in groups])
+    body = model.model(
+        input_ids=ids_RL.to(device),
+        attention_mask=attention_RL.to(device),
+        position_ids=positions_ARL.to(device),
+        use_cache=False,
+        **images,
+    )
+    return body.last_hidden_state[_predicting(siblings, ids_RL.shape[1]).to(device)]
+
+
+def continue_positions(positions_AP: Tensor, count: int) -> Tensor:
+    """(A, P + count): every further token goes on at the prompt's largest position + 1, on all axes alike."""
+    following = int(positions_AP.max()) + 1 + torch.arange(max(count, 0))
+    return torch.cat([positions_AP, following.expand(len(positions_AP), -1)], dim=1)
+
+
+def _predicting(siblings: Sequence[tuple[Prompt, Tensor]], length: int) -> Tensor:
+    """(R, L) True where a state predicts a response token: from the prompt's last token to the response's last but one."""
+    start = torch.tensor([len(prompt.ids_P) - 1 for prompt, _ in siblings])[:, None]
+    count = torch.tensor([len(response) for _, response in siblings])[:, None]
+    place = torch.arange(length)
+    return (place >= start) & (place < start + count)
+
+
+def head_of(model: Any, vocab_size: int) -> Head:
+    """The LM head over the tokenizer's ids: rows beyond them (padding of the checkpoint) carry no probability."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = 1.0 / getattr(config, "logits_scaling", 1.0)
+    return Head(layer.weight, getattr(layer, "bias", None), scale=scale, softcap=softcap, vocab_size=vocab_size)
+
+
+def micro_batches(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
+    """Split groups, inside a group too, so that prompt and response tokens with padding stay within `tokens` where possible.
+
+    Order is kept, so the concatenation of all results over the micro-batches is the result of the whole.
+    A single rollout longer than `tokens` is a micro-batch of its own. `sampler_logp_N` isn't carried over.
+    """
+    batch: list[Group] = []
+    count = longest = 0
+    for group in groups:
+        taken: list[int] = []
+        for index, response in enumerate(group.responses):
+            length = len(group.prompt.ids_P) + len(response)
+            if count and max(longest, length) * (count + 1) > tokens:
+                if taken:
+                    batch.append(_siblings(group, taken))
+                yield batch
+                batch, taken, count, longest = [], [], 0, 0
+            taken.append(index)
+            count, longest = count + 1, max(longest, length)
+        if taken:
+            batch.append(_siblings(group, taken))
+    if batch:
+        yield batch
+
+
+def _siblings(group: Group, taken: Sequence[int]) -> Group:
+    """The group with these siblings alone."""
+    return Group(group.prompt, tuple(group.responses[i] for i in taken), tuple(group.ended_K[i] for i in taken))

@@ -1,0 +1,60 @@
+"""A teacher in the trainer's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaopd.core import Head, token_log_probs
+from vaopd.models.forward import head_of, micro_batches
+from vaopd.types import ORIGINAL, Group, ResponseForward, Scores
+
+
+class LocalTeacher:
+    """Scores responses with a frozen model: hidden states of the original view, log-probabilities of the sampled tokens of each view.
+
+    Args:
+        model: the teacher; its parameters are frozen here.
+        vocab_size: the tokenizer's size.
+        forward: how the hidden states are computed.
+        tokens_per_forward: prompt and response tokens, with padding, of one forward pass.
+    """
+
+    def __init__(self, model: Any, *, vocab_size: int, forward: ResponseForward, tokens_per_forward: int) -> None:
+        self.model, self.vocab_size = model.eval().requires_grad_(False), vocab_size
+        self.forward, self.tokens_per_forward = forward, tokens_per_forward
+
+    @property
+    def head(self) -> Head:
+        """The LM head over the tokenizer's ids."""
+        return head_of(self.model, self.vocab_size)
+
+    @torch.no_grad()
+    def score(self, groups: Sequence[Group], views: Sequence[str] = (ORIGINAL,)) -> list[Scores]:
+        """Scores of every group, in order; `views` always includes the original.
+
+        A text-only prompt looks the same under every view, so it gets the same numbers, not a second rounding of them.
+        """
+        hidden = {ORIGINAL: self._hidden(groups, ORIGINAL)}
+        logp = {ORIGINAL: self._logp(groups, hidden[ORIGINAL])}
+        for view in set(views) - {ORIGINAL}:
+            pictured = [group for group in groups if group.prompt.images]
+            scored = iter(self._logp(pictured, self._hidden(pictured, view)) if pictured else ())
+            logp[view] = [next(scored) if g.prompt.images else same for g, same in zip(groups, logp[ORIGINAL], strict=True)]
+        return [
+            Scores(hidden_NG, {view: logp[view][index] for view in logp}) for index, hidden_NG in enumerate(hidden[ORIGINAL])
+        ]
+
+    def _hidden(self, groups: Sequence[Group], view: str) -> list[Tensor]:
+        """Per group (N, G)."""
+        hidden_NG = torch.cat([self.forward(self.model, batch, view) for batch in micro_batches(groups, self.tokens_per_forward)])
+        return list(hidden_NG.split([sum(group.lengths) for group in groups]))
+
+    def _logp(self, groups: Sequence[Group], hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Per group (N,) fp32."""
+        ids_N = torch.cat([group.ids_N for group in groups]).to(hidden[0].device)
+        logp_N = token_log_probs(torch.cat(list(hidden)), self.head, ids_N)
+        return list(logp_N.split([sum(group.lengths) for group in groups]))

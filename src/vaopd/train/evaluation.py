@@ -1,0 +1,133 @@
+"""Evaluations of a run: on held-out questions while it trains, and of student, trained student and teacher at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vaopd.data.images import decode
+from vaopd.evaluate.held_out import SCORED_SIBLINGS, decoder, evaluate_model, sampler
+from vaopd.evaluate.runner import Answers, answer, gain
+from vaopd.models.forward import rows
+from vaopd.models.load import load_model
+from vaopd.rollouts.hf import Sampling
+from vaopd.train.metrics import Metrics
+from vaopd.train.samples import Scored, score_groups, token_pieces
+from vaopd.train.setup import Run, weighting_of
+from vaopd.types import Example, Group
+
+FINAL_NOISE = 1  # the final evaluation samples with other noise than those that chose the best checkpoint
+
+
+def evaluate_step(run: Run, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
+    """The metrics row of an evaluation, always with the same noise so that those of one run are paired, and its sample rows."""
+    config = run.config
+    asked = run.held_out[: config.eval.questions]
+    sampling = Sampling(config.rollouts.max_tokens, config.eval.temperature, 1.0, config.seed)
+    engine = sampler(run.student, run.source, sampling, rows=config.rollouts.rows)
+    answers = answer(engine, [run.renderer(e) for e in asked], [e.answer for e in asked], decoder(run.source), k=config.eval.k)
+    row: Metrics = {"kind": "eval", "step": step, "questions": len(asked), "k": config.eval.k, **answers.summary(), "va": None, "kl": None}
+    if run.teacher is None:
+        return row, []
+    kept = [_nonempty(group, min(config.rollouts.k, SCORED_SIBLINGS)) for group in answers.groups]
+    scored = _score(run, [_take(group, siblings) for group, siblings in zip(answers.groups, kept, strict=True)], step)
+    row |= {"va": scored.mean("va"), "kl": scored.mean("kl")}
+    shown = range(min(config.eval.samples, len(asked)))
+    return row, [_sample_row(run, step, asked[q], answers, q, kept[q], scored.groups[q]) for q in shown]
+
+
+def final_evaluation(run: Run, on_final: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """`eval.json` (docs/run_folder.md): the best weights, which the student now holds, beside the untrained student and the teacher."""
+    config = run.config
+    models = {"trained": run.student}
+    if config.eval.baselines:
+        models["student"] = load_model(run.source, dtype=torch.float32).to(run.student.device)
+        if run.teacher:
+            models["teacher"] = run.teacher.model
+    entries = {}
+    for name, model in models.items():
+        entries[name] = evaluate_model(
+            model,
+            run.source,
+            run.test,
+            run.renderer,
+            final_sampling(run),
+            k=config.eval.k,
+            teacher=run.teacher,
+            deadband=config.deadband,
+            rows=config.rollouts.rows,
+            on_progress=lambda done, of, name=name: on_final(name, done, of),  # type: ignore[misc]
+        )
+    return summarise(entries, questions=len(run.test), k=config.eval.k)
+
+
+def final_sampling(run: Run) -> Sampling:
+    """How the final evaluation samples."""
+    return Sampling(run.config.rollouts.max_tokens, run.config.eval.temperature, 1.0, run.config.seed + FINAL_NOISE)
+
+
+def summarise(entries: dict[str, dict[str, Any]], *, questions: int, k: int) -> dict[str, Any]:
+    """`eval.json` from the models' entries, with the gain of `trained` over `student` where both are graded."""
+    curves = {name: entry.pop("mass_curve", None) for name, entry in entries.items()}
+    before, after = (entries.get(name, {}).get("per_question") for name in ("student", "trained"))
+    return {
+        "questions": questions,
+        "k": k,
+        "models": entries,
+        "gain": gain(torch.tensor(before), torch.tensor(after)) if before and after else None,
+        "mass_curve": curves.get("student") or curves.get("trained"),
+    }
+
+
+def _nonempty(group: Group, limit: int) -> list[int]:
+    return [k for k, response in enumerate(group.responses[:limit]) if len(response)]
+
+
+def _take(group: Group, siblings: Sequence[int]) -> Group:
+    return Group(group.prompt, tuple(group.responses[k] for k in siblings), tuple(group.ended_K[k] for k in siblings))
+
+
+def _score(run: Run, groups: Sequence[Group], step: int) -> Scored:
+    assert run.teacher is not None  # evaluate_step's own condition
+    return score_groups(
+        run.student,
+        run.teacher,
+        groups,
+        vocab_size=run.source.vocab_size,
+        forward=rows,
+        tokens_per_forward=run.config.optim.tokens_per_forward,
+        weighting=weighting_of(run.config, step),
+        deadband=run.config.deadband,
+        divergence="reverse_kl" if run.config.loss == "nll" else run.config.loss,
+    )
+
+
+def _sample_row(
+    run: Run, step: int, example: Example, answers: Answers, question: int, siblings: Sequence[int], columns: list[dict[str, list[float]]]
+) -> dict[str, Any]:
+    """One row of samples.jsonl."""
+    pieces = token_pieces(run.source.processor.tokenizer)
+    group, correct_QK = answers.groups[question], answers.correct_QK
+    rollouts = [
+        {
+            "text": answers.texts[question][k],
+            "correct": None if correct_QK is None else bool(correct_QK[question, k]),
+            "ended": group.ended_K[k],
+            "weight": round(sum(scores["coefficient"]), 5),
+            "tokens": pieces(group.responses[k]),
+            **scores,
+        }
+        for k, scores in zip(siblings, columns, strict=True)
+    ]
+    views = zip((decode(source) for source in example.images), run.renderer.degraded_images(example), strict=True)
+    pictures = [{"original": run.folder.picture(original), "degraded": run.folder.picture(degraded)} for original, degraded in views]
+    return {
+        "step": step,
+        "id": example.id,
+        "problem": example.problem,
+        "answer": example.answer,
+        "images": pictures,
+        "rollouts": rollouts,
+    }

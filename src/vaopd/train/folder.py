@@ -1,0 +1,102 @@
+"""The run folder: what `docs/run_folder.md` describes, written line by line as the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vaopd.data.images import content_hash
+from vaopd.errors import CheckpointError
+
+LARGEST_SIDE = 448  # pixels of a stored sample picture
+
+
+class RunFolder:
+    """Paths of one run and its writers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics, self.samples, self.checkpoints = path / "metrics.jsonl", path / "samples.jsonl", path / "checkpoints"
+
+    def check(self, *, resume: bool) -> None:
+        """Refuse to start over a run that is there, or to resume one that is not. Raises CheckpointError."""
+        there = self.metrics.exists() or self.checkpoints.exists() or (self.path / "config.yaml").exists()
+        if there and not resume:
+            raise CheckpointError(f"there is a run in {self.path} already. Go on with it by --resume, or give another folder: --set run=FOLDER")
+        if resume and not there:
+            raise CheckpointError(f"there is no run to resume in {self.path}. Start it without --resume")
+
+    def start(self, config_yaml: str) -> None:
+        """Create the folder and write the resolved recipe."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_text("config.yaml", config_yaml)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`: a resumed run writes them again."""
+        for file in (self.metrics, self.samples):
+            if file.exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                self.write_text(file.name, "".join(f"{line}\n" for line in kept))
+
+    def append(self, file: Path, row: Mapping[str, Any]) -> None:
+        """One JSON row; numbers that are not finite become null, since JSON has no name for them."""
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """A whole JSON file, replaced atomically."""
+        self.write_text(name, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """A whole text file, replaced atomically."""
+        unfinished = self.path / f".{name}.unfinished"
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, self.path / name)
+
+    def picture(self, image: Image.Image) -> str:
+        """Store a picture once, under its content; returns its path relative to the folder."""
+        name = f"samples/{content_hash(image)[:16]}.png"
+        target = self.path / name
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            small = image.copy()
+            small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            small.save(target)
+        return name
+
+
+def read_rows(file: Path, keep: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; a torn last line (a kill while writing) is left out."""
+    if not file.exists():
+        return []
+    rows = (_parsed(line) for line in file.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row is not None and keep(row)]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _step_of(line: str) -> float:
+    row = _parsed(line)
+    return math.inf if row is None else row.get("step", math.inf)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

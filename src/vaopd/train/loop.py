@@ -1,0 +1,161 @@
+"""A whole run: step, evaluate, checkpoint, in a folder that can be resumed to the bit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from vaopd.config import RunConfig
+from vaopd.errors import CheckpointError, TrainingStopped
+from vaopd.models.load import save_model
+from vaopd.train import checkpoint
+from vaopd.train.evaluation import evaluate_step, final_evaluation
+from vaopd.train.folder import RunFolder
+from vaopd.train.metrics import Metrics
+from vaopd.train.schedule import example_indices, learning_rate
+from vaopd.train.setup import Run, set_up, weighting_of
+from vaopd.train.step import train_step
+
+log = logging.getLogger(__name__)
+
+STOP_AFTER = 3  # non-finite steps in a row
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run tells whoever watches it; every hook is optional."""
+
+    on_check: Callable[[str], None] = lambda text: None  # a line about what was checked
+    on_row: Callable[[Metrics, int], None] = lambda row, steps: None  # each row of metrics.jsonl, and the number of steps
+    on_final: Callable[[str, int, int], None] = lambda model, done, of: None  # the final evaluation goes on
+
+
+def train(config: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> Path:
+    """Run the recipe and return its run folder (docs/run_folder.md).
+
+    Args:
+        resume: go on from the newest whole checkpoint; the result equals an uninterrupted run to the bit (fp32, one machine).
+
+    Raises:
+        ConfigError, DataError, ModelError: something in the recipe can't work; nothing was trained.
+        CheckpointError: the folder has a run already, there is none to resume, or no checkpoint of it is whole.
+        TrainingStopped: three steps in a row were not finite.
+    """
+    progress = progress or Progress()
+    RunFolder(config.run).check(resume=resume)
+    run = set_up(config, on_check=progress.on_check)
+    start = _resume(run) if resume else _start(run)
+    writer = SummaryWriter(str(run.folder.path / "tensorboard"), purge_step=start + 1) if "tensorboard" in config.trackers else None
+    if start < 0:
+        _evaluate(run, 0, progress, writer)
+    for step in range(max(start, 0) + 1, run.steps + 1):
+        row = _one_step(run, step)
+        _record(run, row, progress, writer)
+        _stop_if_sick(run, row)
+        if step % config.eval.every == 0 or step == run.steps:
+            _evaluate(run, step, progress, writer)
+        elif step % (config.checkpoint.every or config.eval.every) == 0:
+            _save(run, step)
+    if writer:
+        writer.close()
+    _finish(run, progress)
+    return run.folder.path
+
+
+def _start(run: Run) -> int:
+    run.folder.start(run.config.to_yaml())
+    return -1
+
+
+def _resume(run: Run) -> int:
+    """Restore the newest whole checkpoint and forget what was written after it; returns its step, -1 where there is none yet."""
+    found = checkpoint.load_latest(run.folder.checkpoints)
+    if found is None:
+        run.folder.rewind(-1)
+        return -1
+    checkpoint.restore(found, run.student, run.tools.optimizer)
+    step = found.state.pop("step")
+    run.state = found.state
+    run.folder.rewind(step)
+    if run.state["best"] and run.state["best"]["step"] == step:  # a kill may have come between the save and this pointer
+        checkpoint.point(run.folder.checkpoints, checkpoint.BEST, found.path.name)
+    log.info("resumed from step %d", step)
+    return step
+
+
+def _one_step(run: Run, step: int) -> Metrics:
+    began, optim = time.perf_counter(), run.config.optim
+    last = None if optim.steps else round(optim.epochs * len(run.train))
+    indices = example_indices(run.config.seed, step, len(run.train), optim.prompts_per_step, last=last)
+    accelerator = run.tools.accelerator
+    share = indices[accelerator.process_index :: accelerator.num_processes]
+    prompts = [run.renderer(run.train[index], run.tools.views) for index in share]
+    rate = learning_rate(optim, step, run.steps)
+    for group in run.tools.optimizer.param_groups:
+        group["lr"] = rate
+    metrics = train_step(prompts, step, weighting_of(run.config, step), run.tools)
+    return {"kind": "train", "step": step, **metrics, "lr": rate, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def _stop_if_sick(run: Run, row: Metrics) -> None:
+    run.state["nonfinite_streak"] = run.state["nonfinite_streak"] + 1 if row["nonfinite"] else 0
+    if run.state["nonfinite_streak"] >= STOP_AFTER:
+        raise TrainingStopped(
+            f"{STOP_AFTER} steps in a row, up to step {row['step']}, had a score, loss or gradient that is not finite; none of them changed "
+            "the weights. Lower optim.lr or use precision: fp32, and go on with --resume"
+        )
+
+
+def _record(run: Run, row: Metrics, progress: Progress, writer: SummaryWriter | None) -> None:
+    run.folder.append(run.folder.metrics, row)
+    progress.on_row(row, run.steps)
+    if writer:
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+
+
+def _evaluate(run: Run, step: int, progress: Progress, writer: SummaryWriter | None) -> None:
+    """Evaluate on the held-out questions, save, and make this checkpoint the best where it is."""
+    best = run.state["best"]
+    if run.held_out:
+        row, samples = evaluate_step(run, step)
+        _record(run, row, progress, writer)
+        for sample in samples:
+            run.folder.append(run.folder.samples, sample)
+        if best is None or _better(row, best):
+            run.state["best"] = {"step": step, "accuracy": row["accuracy"], "kl": row["kl"]}
+    else:  # nothing to choose by: the last is the best
+        run.state["best"] = {"step": step, "accuracy": None, "kl": None}
+    _save(run, step)
+
+
+def _better(row: Metrics, best: Metrics) -> bool:
+    """By accuracy; by the divergence from the teacher where the data has no answers; else the later one."""
+    if row["accuracy"] is not None:
+        return bool(row["accuracy"] > best["accuracy"])
+    return row["kl"] is None or bool(row["kl"] < best["kl"])
+
+
+def _save(run: Run, step: int) -> None:
+    folder = run.folder.checkpoints
+    path = checkpoint.save(folder, step, run.student, run.tools.optimizer, run.state)
+    if run.state["best"] and run.state["best"]["step"] == step:
+        checkpoint.point(folder, checkpoint.BEST, path.name)
+    checkpoint.retain(folder, run.config.checkpoint.keep)
+
+
+def _finish(run: Run, progress: Progress) -> None:
+    """The best weights as a model folder, and the final evaluation of them."""
+    best = checkpoint.named(run.folder.checkpoints, checkpoint.BEST)
+    if best is None:
+        raise CheckpointError(f"{run.folder.checkpoints} names no best checkpoint. Go on with --resume")
+    checkpoint.restore(checkpoint.load(best), run.student, run.tools.optimizer)
+    save_model(run.student, run.source.processor, run.folder.path / "model")
+    if run.test:
+        run.folder.write_json("eval.json", final_evaluation(run, progress.on_final))

@@ -1,0 +1,51 @@
+"""The numbers of a step, as `docs/run_folder.md` names them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaopd.core import effective_rollouts, top_share
+from vaopd.types import Group
+
+Metrics = dict[str, Any]
+
+
+def rollout_metrics(rollouts: Sequence[Group], groups: Sequence[Group]) -> Metrics:
+    """What was generated (`rollouts`) and what of it is left to train on (`groups`)."""
+    lengths = [length for group in groups for length in group.lengths]
+    ended = [ended for group in groups for ended in group.ended_K]
+    return {
+        "tokens": mean(lengths),
+        "truncated": None if not ended else 1 - sum(ended) / len(ended),
+        "empty": sum(len(group.responses) for group in rollouts) - len(lengths),
+        "skipped_prompts": len(rollouts) - len(groups),
+        "nonfinite": 0,
+    }
+
+
+def weight_metrics(groups: Sequence[Group], c_N: Tensor) -> Metrics:
+    """How many rollouts of a prompt really count, on average."""
+    lengths = [length for group in groups for length in group.lengths]
+    w_R = torch.stack([part.sum() for part in c_N.split(lengths)])
+    group_R = torch.tensor([index for index, group in enumerate(groups) for _ in group.responses])
+    return {"effective_rollouts": float(effective_rollouts(w_R, group_R).mean())}
+
+
+def score_metrics(kl_N: Tensor | None, a_N: Tensor | None) -> Metrics:
+    """Means over tokens; None for what the method does not compute."""
+    share = None if a_N is None else top_share(a_N)
+    return {
+        "kl": None if kl_N is None else float(kl_N.mean()),
+        "va": None if a_N is None else float(a_N.mean()),
+        "va_top10": None if share is None or math.isnan(share) else share,
+    }
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean, or None of nothing."""
+    return sum(values) / len(values) if values else None

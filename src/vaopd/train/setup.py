@@ -1,0 +1,170 @@
+"""From a recipe to a run that can start: every gate first, then the models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from vaopd import core
+from vaopd.config import RunConfig
+from vaopd.data.render import Renderer
+from vaopd.data.sources import read_examples
+from vaopd.data.validate import check_disjoint
+from vaopd.errors import ConfigError, DataError
+from vaopd.evaluate.held_out import sampler
+from vaopd.models.forward import rows
+from vaopd.models.load import Source, check_agreement, load_model, open_source
+from vaopd.rollouts.given import GivenEngine
+from vaopd.rollouts.hf import Sampling
+from vaopd.teachers.local import LocalTeacher
+from vaopd.train.folder import RunFolder
+from vaopd.train.schedule import total_steps
+from vaopd.train.step import StudentLoss, Tools
+from vaopd.types import DEGRADED, ORIGINAL, Example, RolloutEngine
+from vaopd.views import view
+
+WEIGHTINGS: dict[str, Callable[..., core.Weighting]] = {
+    "va_opd": core.VAOPD,
+    "opd": core.OPD,
+    "rollout_only": core.RolloutOnly,
+    "token_only": core.TokenOnly,
+    "random_tokens": core.RandomTokens,
+    "mask_tokens": core.MaskTokens,
+    "off_policy_kd": core.OPD,
+    "sft": core.OPD,
+}
+READS_THE_IMAGE_ONCE = ("opd", "off_policy_kd", "sft")  # their weighting does not look at the degraded view
+
+
+@dataclass
+class Run:
+    """Everything a run holds while it goes on."""
+
+    config: RunConfig
+    folder: RunFolder
+    source: Source
+    student: Any
+    teacher: LocalTeacher | None
+    renderer: Renderer
+    train: list[Example]
+    held_out: list[Example]  # chooses the best checkpoint
+    test: list[Example]  # the final evaluation
+    tools: Tools
+    steps: int
+    # What a checkpoint has beside weights and optimiser: non-finite steps in a row, and the best evaluation so far.
+    state: dict[str, Any] = field(default_factory=lambda: {"nonfinite_streak": 0, "best": None})
+
+
+def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
+    """All gates, then the models. Raises ConfigError, ModelError or DataError before any weight is loaded."""
+    weighting_of(config, 0)
+    _check_divergence(config)
+    degrade = view(config.view.name, ratio=config.view.ratio, resolution=config.view.resolution)
+    source = open_source(config.student)
+    teacher_source = open_source(config.teacher) if config.teacher else None
+    if teacher_source:
+        check_agreement(source, teacher_source)
+        on_check("vocabulary ok · control tokens ok · chat format ok · pixels ok")
+    renderer = Renderer(source.processor, degrade)
+    training, held_out, test = read_data(config, on_check)
+
+    accelerator = Accelerator(mixed_precision=precision(config))
+    student = load_student(config, source, accelerator)
+    teacher = load_teacher(config, teacher_source, accelerator) if teacher_source else None
+    tools = _tools(config, accelerator, source, student, teacher, _engine(config, source, student, training, renderer))
+    steps = total_steps(config.optim, len(training))
+    return Run(config, RunFolder(config.run), source, student, teacher, renderer, training, held_out, test, tools, steps)
+
+
+def weighting_of(config: RunConfig, step: int) -> core.Weighting:
+    """The method's weighting; a random one draws anew at each step. Raises ConfigError for numbers that it refuses."""
+    try:
+        weighting = WEIGHTINGS[config.method.name](**config.method.numbers)
+    except ValueError as error:
+        raise ConfigError(f"method '{config.method.name}': {error}") from None
+    if isinstance(weighting, core.RandomTokens | core.MaskTokens):
+        return dataclasses.replace(weighting, seed=weighting.seed * 1_000_003 + step)
+    return weighting
+
+
+def read_data(config: RunConfig, on_check: Callable[[str], None]) -> tuple[list[Example], list[Example], list[Example]]:
+    """Training, held-out and test rows: every image decoded once, no question both trained on and held out."""
+    training = read_examples(config.data.train)
+    held_out = read_examples(config.data.eval) if config.data.eval else []
+    test = read_examples(config.data.test) if config.data.test else held_out
+    check_disjoint(training, {"eval": held_out, "test": test})
+    if config.method.off_policy:
+        missing = [example.id for example in training if example.solution is None]
+        if missing:
+            raise DataError(
+                f"method '{config.method.name}' learns from solutions, but {len(missing)} of {len(training)} rows of {config.data.train} "
+                f"have none, the first is '{missing[0]}'. Add the field 'solution' to them"
+            )
+    on_check(f"{len(training)} train · {len(held_out)} held out · {len(test)} test · 0 skipped · no test question trained on")
+    return training, held_out, test
+
+
+def load_student(config: RunConfig, source: Source, accelerator: Accelerator) -> Any:
+    """fp32 weights, since a bf16 weight does not move at the method's learning rate."""
+    student = load_model(source, dtype=torch.float32).to(accelerator.device)
+    if not config.optim.train_vision:
+        student.model.visual.requires_grad_(False)
+    return student
+
+
+def load_teacher(config: RunConfig, source: Source, accelerator: Accelerator) -> LocalTeacher:
+    """Frozen, in the precision of the computation."""
+    dtype = torch.bfloat16 if precision(config) == "bf16" else torch.float32
+    model = load_model(source, dtype=dtype).to(accelerator.device)
+    return LocalTeacher(model, vocab_size=source.vocab_size, forward=rows, tokens_per_forward=config.optim.tokens_per_forward)
+
+
+def precision(config: RunConfig) -> str:
+    """Accelerate's name for the computation's precision."""
+    if config.precision == "auto":
+        return "bf16" if torch.cuda.is_available() else "no"
+    return "no" if config.precision == "fp32" else "bf16"
+
+
+def _check_divergence(config: RunConfig) -> None:
+    if config.loss != "nll":
+        try:
+            core.as_divergence(config.loss)
+        except ValueError as error:
+            raise ConfigError(f"divergence: {error}") from None
+
+
+def _engine(config: RunConfig, source: Source, student: Any, training: Sequence[Example], renderer: Renderer) -> RolloutEngine:
+    if config.method.off_policy:
+        responses = {example.id: renderer.encode_response(example.solution or "", example.id) for example in training}
+        return GivenEngine(responses, max_tokens=config.rollouts.max_tokens)
+    rollouts = config.rollouts
+    sampling = Sampling(rollouts.max_tokens, rollouts.temperature, rollouts.top_p, config.seed)
+    return sampler(student, source, sampling, rows=rollouts.rows)
+
+
+def _tools(
+    config: RunConfig, accelerator: Accelerator, source: Source, student: Any, teacher: LocalTeacher | None, engine: RolloutEngine
+) -> Tools:
+    optim = config.optim
+    loss = StudentLoss(student, vocab_size=source.vocab_size, forward=rows, loss=config.loss)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    prepared, optimizer = accelerator.prepare(loss, optimizer)
+    return Tools(
+        engine=engine,
+        teacher=teacher,
+        student_loss=prepared,
+        optimizer=optimizer,
+        accelerator=accelerator,
+        views=(ORIGINAL,) if config.method.name in READS_THE_IMAGE_ONCE else (ORIGINAL, DEGRADED),
+        k=1 if config.method.off_policy else config.rollouts.k,
+        deadband=config.deadband,
+        clip=optim.clip,
+        tokens_per_forward=optim.tokens_per_forward,
+    )

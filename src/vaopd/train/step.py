@@ -1,0 +1,169 @@
+"""READ THIS FIRST. One training step of visual-advantage on-policy distillation (arXiv 2605.21924), top to bottom.
+
+Engine, teacher, weighting and loss are arguments, so the same lines train `va_opd`, `opd`, every ablation, `off_policy_kd` (the engine
+gives the data's solutions) and `sft` (the loss is their negative log-likelihood).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vaopd.core import Head, Weighting, fused_weighted_divergence, token_coefficients, token_log_probs, visual_advantage
+from vaopd.models.forward import head_of, micro_batches
+from vaopd.train.metrics import Metrics, rollout_metrics, score_metrics, weight_metrics
+from vaopd.types import DEGRADED, ORIGINAL, Group, Prompt, ResponseForward, RolloutEngine, Scores, Teacher
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a step works with; nothing here changes from step to step but the student's weights and the optimiser's state."""
+
+    engine: RolloutEngine
+    teacher: Teacher | None  # None: sft
+    student_loss: nn.Module  # a prepared StudentLoss
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    views: tuple[str, ...]  # the teacher's views: the original one, and the degraded one where the weighting reads it
+    k: int
+    deadband: float
+    clip: float
+    tokens_per_forward: int
+
+
+def train_step(prompts: Sequence[Prompt], step: int, weighting: Weighting, tools: Tools) -> Metrics:
+    """Train on these prompts (this process' share of the step's) and return the metrics of docs/run_folder.md.
+
+    A step with a non-finite score, loss or gradient on any process leaves weights and optimiser untouched on all of them.
+    """
+    # 1. The student answers each prompt K times; a rollout without a token is dropped, a prompt without rollouts too.
+    rollouts = tools.engine.generate(prompts, tools.k, step)
+    groups = drop_empty(rollouts)
+    scored_prompts = total(tools.accelerator, len(groups))
+    if scored_prompts == 0:
+        return rollout_metrics(rollouts, groups)
+
+    # 2. The teacher scores every response token, looking at the image and at its degraded view.
+    scores = tools.teacher.score(groups, tools.views) if tools.teacher and groups else []
+    if anywhere(tools.accelerator, not finite(scores)):
+        return rollout_metrics(rollouts, groups) | {"nonfinite": 1}
+
+    # 3. Which tokens, and which rollouts, depend on the image (eq. 2), and so what each token's divergence weighs (eq. 3-5).
+    a_N = advantages(groups, scores, tools.deadband)
+    c_N = token_coefficients(a_N, *layout(groups), weighting)
+
+    # 4. The weighted divergence of student and teacher (eq. 1 and 6): a mean over the prompts of all processes, in any micro-batches.
+    # Data-parallel training averages gradients over processes, so each divides by its share of the prompts.
+    normalizer = scored_prompts / tools.accelerator.num_processes
+    loss, kl_N = backward(groups, scores, c_N, normalizer, tools)
+
+    # 5. The update, unless something was not finite.
+    grad_norm = float(tools.accelerator.clip_grad_norm_(tools.student_loss.parameters(), tools.clip))
+    applied = not anywhere(tools.accelerator, not (math.isfinite(grad_norm) and math.isfinite(loss)))
+    if applied:
+        tools.optimizer.step()
+    tools.optimizer.zero_grad(set_to_none=True)
+
+    measured = {"loss": loss, "grad_norm": grad_norm, "nonfinite": int(not applied)}
+    compared = score_metrics(kl_N if tools.teacher else None, a_N if DEGRADED in tools.views else None)
+    return rollout_metrics(rollouts, groups) | weight_metrics(groups, c_N) | compared | measured
+
+
+class StudentLoss(nn.Module):
+    """The student's whole forward and its loss in one module: the one that is prepared for data-parallel training.
+
+    Args:
+        model: the student.
+        vocab_size: the tokenizer's size.
+        forward: how the hidden states that predict the responses are computed.
+        loss: a divergence (see vaopd.core.as_divergence), or "nll".
+    """
+
+    def __init__(self, model: nn.Module, *, vocab_size: int, forward: ResponseForward, loss: str) -> None:
+        super().__init__()
+        self.model, self.vocab_size, self.response_forward, self.loss = model, vocab_size, forward, loss
+
+    def forward(
+        self, groups: Sequence[Group], teacher_hidden_NG: Tensor | None, teacher_head: Head | None, c_N: Tensor, normalizer: float
+    ) -> tuple[Tensor, Tensor]:
+        """(Σ c_t · KL_t / normalizer, detached KL_t of every token); with "nll", -log p_S(y_t) in the place of KL_t."""
+        if not groups:  # a process without rollouts still takes part in the others' backward
+            return sum((p.sum() * 0 for p in self.parameters() if p.requires_grad), torch.zeros(())), torch.empty(0)
+        hidden_NH = self.response_forward(self.model, groups, ORIGINAL)
+        c_N = c_N.to(hidden_NH.device)
+        head = head_of(self.model, self.vocab_size)
+        if self.loss == "nll":
+            nll_N = -token_log_probs(hidden_NH, head, torch.cat([g.ids_N for g in groups]).to(hidden_NH.device))
+            return (c_N * nll_N).sum() / normalizer, nll_N.detach()
+        if teacher_hidden_NG is None or teacher_head is None:
+            raise ValueError(f"loss '{self.loss}' compares with a teacher's states, but none were given. Use loss 'nll' without a teacher.")
+        return fused_weighted_divergence(
+            hidden_NH, head, teacher_hidden_NG, teacher_head, c_N, normalizer=normalizer, divergence=self.loss
+        )
+
+
+def drop_empty(groups: Sequence[Group]) -> list[Group]:
+    """Without the rollouts that have no token, and without the groups that have no rollout left."""
+    kept = []
+    for group in groups:
+        whole = [index for index, response in enumerate(group.responses) if len(response)]
+        if len(whole) == len(group.responses):
+            kept.append(group)
+        elif whole:
+            kept.append(Group(group.prompt, tuple(group.responses[i] for i in whole), tuple(group.ended_K[i] for i in whole)))
+    return kept
+
+
+def layout(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """(rollout_N, group_R): the rollout of each token and the group of each rollout."""
+    lengths_R = torch.tensor([length for group in groups for length in group.lengths], dtype=torch.long)
+    group_R = torch.tensor([index for index, group in enumerate(groups) for _ in group.responses], dtype=torch.long)
+    return torch.arange(len(lengths_R)).repeat_interleave(lengths_R), group_R
+
+
+def advantages(groups: Sequence[Group], scores: Sequence[Scores], deadband: float) -> Tensor:
+    """(N,) eq. 2; zero where only the original view was scored, as for OPD and sft: no token is called visual."""
+    if not scores or DEGRADED not in scores[0].logp_N:
+        return torch.zeros(sum(sum(group.lengths) for group in groups))
+    original_N, degraded_N = (torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED))
+    return visual_advantage(original_N, degraded_N, deadband=deadband)
+
+
+def backward(
+    groups: Sequence[Group], scores: Sequence[Scores], c_N: Tensor, normalizer: float, tools: Tools
+) -> tuple[float, Tensor]:
+    """Accumulate the gradient of eq. 6 over micro-batches; returns this process' share of the loss and the tokens' divergence."""
+    hidden_NG = torch.cat([score.hidden_NG for score in scores]) if scores else None
+    head = tools.teacher.head if tools.teacher else None
+    batches = list(micro_batches(groups, tools.tokens_per_forward)) or [[]]
+    loss, start, kl = 0.0, 0, []
+    for index, batch in enumerate(batches):
+        tokens = slice(start, start := start + sum(sum(group.lengths) for group in batch))
+        last = index == len(batches) - 1
+        with nullcontext() if last else tools.accelerator.no_sync(tools.student_loss):
+            part, kl_n = tools.student_loss(batch, None if hidden_NG is None else hidden_NG[tokens], head, c_N[tokens], normalizer)
+            tools.accelerator.backward(part)
+        loss += float(part.detach())
+        kl.append(kl_n.cpu())
+    return loss, torch.cat(kl)
+
+
+def total(accelerator: Accelerator, count: int) -> int:
+    """The sum of a number over all processes."""
+    return int(accelerator.reduce(torch.tensor(count, device=accelerator.device), reduction="sum"))
+
+
+def anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any process, so that all of them decide alike."""
+    return total(accelerator, int(flag)) > 0
+
+
+def finite(scores: Sequence[Scores]) -> bool:
+    """Whether all of the teacher's numbers are finite."""
+    return all(bool(x.isfinite().all()) for score in scores for x in (score.hidden_NG, *score.logp_N.values()))
