@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
@@ -176,15 +176,66 @@ class RunConfig(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class WorldConfig(_Strict):
+    """Questions drawn from the built-in world."""
+
+    train: int = Field(ge=1)
+    eval: int = Field(ge=1)
+    test: int = Field(ge=2)
+    seed: int = 0
+
+
+class StudyConfig(_Strict):
+    """Runs that differ in method and seed only: the same student, prompts and budget."""
+
+    name: str
+    run: Path
+    methods: tuple[MethodConfig, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    world: WorldConfig | None = Field(None, description="draw the data from the built-in world, instead of recipe.data")
+    recipe: dict[str, Any] = Field(description="everything of a run's recipe but run, method and seed")
+
+    @model_validator(mode="after")
+    def _only_what_varies(self) -> StudyConfig:
+        taken = sorted({"run", "method", "seed"} & self.recipe.keys() | ({"data"} & self.recipe.keys() if self.world else set()))
+        if taken:
+            raise ValueError(f"recipe must not have {', '.join(taken)}: the study sets {'them' if len(taken) > 1 else 'it'}")
+        names = [str(method) for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"methods must differ, found {', '.join(names)}")
+        return self
+
+
+_Config = TypeVar("_Config", bound=_Strict)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply `key.sub=value` overrides.
 
     Raises:
         ConfigError: the file is missing or no mapping, or a key or value is wrong; names the key and the nearest right one.
     """
+    return _load(RunConfig, path, overrides)
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study, with overrides. Raises ConfigError as `load_config`; each run's recipe is checked too."""
+    study = _load(StudyConfig, path, overrides)
+    for method in study.methods:
+        data = {"data": {"train": "train.jsonl"}} if study.world else {}
+        parse_config({"run": "run", "method": method.model_dump(), **data, **study.recipe}, where=f"{path}: recipe")
+    return study
+
+
+def parse_config(values: dict[str, Any], *, where: str = "configuration") -> RunConfig:
+    """Validate a configuration given as plain values. Raises ConfigError."""
+    return _parse(RunConfig, values, where)
+
+
+def _load(kind: type[_Config], path: Path, overrides: Sequence[str]) -> _Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no recipe at {path.absolute()}. Give the path of a YAML file, as in: vaopd train recipe.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
@@ -192,15 +243,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} must be a mapping of keys to values, found {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, where=str(path))
+    return _parse(kind, values, str(path))
 
 
-def parse_config(values: dict[str, Any], *, where: str = "configuration") -> RunConfig:
-    """Validate a configuration given as plain values. Raises ConfigError."""
+def _parse(kind: type[_Config], values: dict[str, Any], where: str) -> _Config:
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(problem)}" for problem in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {_explain(kind, problem)}" for problem in error.errors())) from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -229,10 +279,10 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _explain(problem: Any) -> str:
+def _explain(kind: type[BaseModel], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(problem["loc"][:-1])
+        known = _fields_at(kind, problem["loc"][:-1])
         return f"unknown key '{where}'.{did_you_mean(str(problem['loc'][-1]), known)} Known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"'{where}' is missing"
@@ -241,8 +291,8 @@ def _explain(problem: Any) -> str:
     return f"{where + ': ' if where else ''}{message}{value}"
 
 
-def _fields_at(path: Sequence[Any]) -> list[str]:
-    model: Any = RunConfig
+def _fields_at(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    model: Any = kind
     for part in path:
         field = model.model_fields.get(part)
         model = field.annotation if field else None

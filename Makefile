@@ -1,0 +1,40 @@
+# Every target sets up what it needs in .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+# Several of torch's threads on a busy machine wait for one another by spinning.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo easy-vqa test test-slow check format models clean
+
+demo: .venv/ready  ## OPD and VA-OPD on the built-in world, evaluation and report: runs/demo/report.html
+	$(BIN)/vaopd study demo
+
+easy-vqa: .venv/ready  ## the same on published data: makes its models first, runs/easy-vqa/report.html
+	$(BIN)/python -m vaopd.world.easy_vqa runs/easy-vqa
+	$(BIN)/vaopd study easy_vqa
+
+test: .venv/ready  ## everything but the slow tests, on all cores
+	$(BIN)/pytest -n auto -m "not slow"
+
+test-slow: .venv/ready  ## the slow tests
+	$(BIN)/pytest -m slow
+
+check: .venv/ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+models: .venv/ready  ## retrain the models of the built-in world from their seeds (about 20 minutes)
+	$(BIN)/python -m vaopd.world.build src/vaopd/world/models
+
+.venv/ready: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt --editable '.[dev,easy-vqa]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,3 @@
+from vaopd.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""Every command. Nothing heavy is imported before a command knows that its recipe is right."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vaopd import terminal
+from vaopd.config import ViewConfig, load_config, load_study
+from vaopd.errors import ConfigError, VaopdError, did_you_mean
+
+app = typer.Typer(
+    help="On-policy distillation of vision-language models with visual advantage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and a non-zero exit, never a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except VaopdError as error:
+        terminal.error(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        terminal.error("interrupted; go on with --resume")
+        sys.exit(130)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
+) -> None:
+    """Train a student; writes one run folder."""
+    config = load_config(_shipped(recipe), overrides or [])
+    from vaopd.train.loop import train as run
+
+    _quiet()
+    with terminal.TrainingView(config) as view:
+        folder = run(config, resume=resume, progress=view.progress())
+    terminal.show_run(folder)
+    if report:
+        _write_report([folder], None)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, hub name or builtin:NAME.")],
+    data: Annotated[Path, typer.Option(help="JSONL or Parquet with questions, answers and images.")],
+    k: Annotated[int, typer.Option(min=1, help="Samples per question.")] = 8,
+    teacher: Annotated[str | None, typer.Option(help="Scores how much the answers depend on the image.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 1.0,
+    rows: Annotated[int, typer.Option(min=1, help="Responses decoded side by side.")] = 64,
+    ratio: Annotated[float, typer.Option(help="Of the pixelated view.")] = 0.1,
+    resolution: Annotated[str, typer.Option(help="What the ratio refers to: original, shown or lowest.")] = "original",
+    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+) -> None:
+    """Measure avg@k with its standard error, and blind accuracy beside it."""
+    from vaopd.evaluate.command import evaluate_folder
+
+    _quiet()
+    view = ViewConfig(ratio=ratio, resolution=resolution)  # type: ignore[arg-type]
+    with terminal.counting("evaluating") as on_progress:
+        result = evaluate_folder(
+            model,
+            data,
+            k=k,
+            teacher=teacher,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            rows=rows,
+            view_config=view,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    terminal.show_models({model: result}, questions=result["questions"], k=k)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="YAML study, or the name of a shipped one: demo.")],
+    overrides: Overrides = None,
+) -> None:
+    """Run methods and seeds side by side from one student, evaluate, and write one page."""
+    config = load_study(_shipped(recipe), overrides or [])
+    from vaopd.analysis.study import run_study
+
+    with terminal.StudyView(config) as view:
+        summary = run_study(config, on_progress=view.update)
+    terminal.show_study(summary)
+    _write_report([config.run], None)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run or study folder, or several runs to put side by side.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the page; default: report.html in the first folder.")] = None,
+) -> None:
+    """Write the HTML page of a run, a study, or several runs side by side."""
+    _write_report(runs, out)
+
+
+def _write_report(runs: list[Path], out: Path | None) -> None:
+    from vaopd.report import write_report
+
+    for run in runs:
+        if not run.is_dir():
+            raise ConfigError(f"there is no run folder at {run.absolute()}. Give the folder that `vaopd train` wrote")
+    terminal.say(f"report: {write_report(runs, out)}")
+
+
+def _shipped(recipe: Path) -> Path:
+    """A path as it is; a bare name is one of the recipes that the package ships."""
+    if recipe.suffix or recipe.exists() or len(recipe.parts) > 1:
+        return recipe
+    folder = Path(str(files("vaopd") / "recipes"))
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if recipe.name not in known:
+        raise ConfigError(f"no recipe '{recipe}'.{did_you_mean(recipe.name, known)} Shipped: {', '.join(known)}. Or give a YAML file")
+    return folder / f"{recipe.name}.yaml"
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+

@@ -1,0 +1,193 @@
+"""What a person sees in the terminal: progress bars, tables, one clear message for a mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vaopd.config import RunConfig, StudyConfig
+
+if TYPE_CHECKING:
+    from vaopd.analysis.study import Job
+    from vaopd.train.loop import Progress as TrainingHooks
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A plain line; nothing in it is markup."""
+    console.print(escape(text), soft_wrap=True)
+
+
+def error(text: str) -> None:
+    """A user's mistake: what is wrong and what to do."""
+    errors.print(f"[bold red]error[/]  {escape(text)}", soft_wrap=True)
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+    )
+
+
+def _number(value: Any, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: Any) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+class TrainingView:
+    """The progress bar of one run: rate, time left, loss, mean VA, held-out accuracy."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.bars = config, _bars()
+        self.accuracy: float | None = None
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> TrainingView:
+        say(f"{self.config.run.name}: {self.config.method}, {self.config.student} learns from {self.config.teacher or 'solutions'}")
+        if self.config.method.off_policy:
+            say("responses  the data's solutions")
+        else:
+            say(f"rollouts   {self.config.rollouts.k} per prompt, temperature {self.config.rollouts.temperature}, top-p {self.config.rollouts.top_p}")
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def progress(self) -> TrainingHooks:
+        """The hooks that `vaopd.train` calls."""
+        from vaopd.train.loop import Progress as Hooks
+
+        return Hooks(on_check=lambda text: say(f"checks     {text}"), on_row=self._on_row, on_final=self._on_final)
+
+    def _on_row(self, row: Mapping[str, Any], steps: int) -> None:
+        if self.task is None:
+            self.task = self.bars.add_task("training", total=steps, rate="", text="", completed=row["step"])
+        if row["kind"] == "eval":
+            self.accuracy = row["accuracy"]
+            self.bars.update(self.task, completed=row["step"])
+            return
+        text = f"loss {_number(row.get('loss'), 3)}  VA {_number(row.get('va'), 3)}  held-out {_percent(self.accuracy)} %"
+        self.bars.update(self.task, completed=row["step"], rate=f"{row['seconds']:.1f} s/step", text=text)
+
+    def _on_final(self, model: str, done: int, of: int) -> None:
+        description = f"evaluate {model}"
+        found = [task for task in self.bars.tasks if task.description == description]
+        task = found[0].id if found else self.bars.add_task(description, total=of, rate="", text="")
+        self.bars.update(task, completed=done)
+
+
+class StudyView:
+    """One bar per cell of a study."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config, self.bars = config, _bars()
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StudyView:
+        say(f"{self.config.name}: {len(self.config.methods)} methods x {len(self.config.seeds)} seeds, run folder {self.config.run}")
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def update(self, states: Mapping[Job, str]) -> None:
+        """Redraw from the cells' own metrics."""
+        for job, state in states.items():
+            if job.name not in self.tasks:
+                self.tasks[job.name] = self.bars.add_task(job.name, total=job.steps or 1, rate="", text="")
+            self.bars.update(self.tasks[job.name], **_job_fields(job, state))
+
+
+def _job_fields(job: Job, state: str) -> dict[str, Any]:
+    from vaopd.analysis.study import training_rows
+
+    if job.metrics is None:
+        return {"completed": int(state == "done"), "text": "evaluation" if state != "waiting" else "waiting"}
+    rows = training_rows(job)
+    if not rows:
+        return {"text": "starting" if state == "running" else state}
+    row = rows[-1]
+    text = f"loss {_number(rows[0]['loss'], 2)} → {_number(row['loss'], 2)}"
+    text += "" if state != "running" or row["step"] < job.steps else ", evaluating"
+    return {"completed": row["step"], "rate": f"{row['seconds']:.1f} s/step", "text": text}
+
+
+@contextmanager
+def counting(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a number of parts."""
+    with _bars() as bars:
+        task = bars.add_task(description, total=None, rate="", text="")
+        yield lambda done, of: bars.update(task, completed=done, total=of)
+
+
+def show_models(models: Mapping[str, Mapping[str, Any]], *, questions: int, k: int) -> None:
+    """The table of avg@k, blind accuracy and mean advantage."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for column in (f"avg@{k} ± se", "blind", "no image", "mean VA", "tokens"):
+        table.add_column(column, justify="right")
+    for name, entry in models.items():
+        accuracy = "-" if entry["accuracy"] is None else f"{_percent(entry['accuracy'])} ± {_percent(entry['se'])}"
+        blind = [_percent(entry.get(key)) for key in ("blind_degraded", "blind_removed")]
+        table.add_row(escape(name), accuracy, *blind, _number(entry.get("va"), 3), _number(entry["tokens"], 1))
+    console.print(table)
+    say(f"{questions} questions, {k} samples each at the stated temperature; blind: image pixelated; mean VA in nats per token")
+
+
+def show_run(folder: Path) -> None:
+    """What a finished run measured."""
+    path = folder / "eval.json"
+    if not path.exists():
+        say(f"run: {folder}")
+        return
+    result = json.loads(path.read_text(encoding="utf-8"))
+    order = ("student", "trained", "teacher")
+    models = {name: result["models"][name] for name in order if name in result["models"]}
+    show_models(models, questions=result["questions"], k=result["k"])
+    _show_gain("trained", result["gain"])
+    _show_mass(result["mass_curve"])
+    say(f"run: {folder}")
+
+
+def show_study(summary: Mapping[str, Any]) -> None:
+    """What a study measured."""
+    show_models(summary["models"], questions=summary["questions"], k=summary["k"])
+    for name, measured in summary["gains"].items():
+        _show_gain(name, measured)
+    _show_mass(summary["mass_curve"])
+    if len(summary["gains"]) == len({name.rpartition("-seed")[0] or name for name in summary["gains"]}):
+        say("One seed is no verdict on which method is better.")
+    say(f"took {summary['seconds']} s")
+
+
+def _show_gain(name: str, measured: Mapping[str, float] | None) -> None:
+    if measured:
+        say(f"{name} against student: {measured['points']:+.1f} points, 95 % interval {measured['low']:+.1f} to {measured['high']:+.1f}")
+
+
+def _show_mass(curve: Mapping[str, list[float]] | None) -> None:
+    if curve:
+        share = min(zip(curve["tokens"], curve["mass"], strict=True), key=lambda pair: abs(pair[0] - 0.1))[1]
+        say(f"the top 10 % of tokens hold {100 * share:.0f} % of the visual advantage")
