@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from report_browser import CHROMIUM, Browser
 
 STUDENT = {
     "accuracy": 0.418,
@@ -93,8 +94,8 @@ def train_row(step: int, rng: random.Random) -> dict[str, Any]:
         "grad_norm": 1 + 2 * decay,
     }
     noisy = {k: v * (1 + 0.12 * rng.gauss(0, 1)) for k, v in row.items()}
-    return {"kind": "train", "step": step, **noisy, "lr": 1e-4 * min(1, step / 8), "tokens": 38 + rng.random(), "truncated": 0.01, "empty": 0,
-            "skipped_prompts": 0, "nonfinite": 0, "seconds": 0.5}  # fmt: skip
+    counts = {"empty": 0, "skipped_prompts": 0, "nonfinite": 0, "seconds": 0.5}
+    return {"kind": "train", "step": step, **noisy, "lr": 1e-4 * min(1, step / 8), "tokens": 38 + rng.random(), "truncated": 0.01, **counts}
 
 
 def eval_row(step: int, gain: float) -> dict[str, Any]:
@@ -121,7 +122,8 @@ def rollout(rng: random.Random, sides: tuple[int, int, int], right: bool) -> dic
     return {
         "text": "".join(tokens), "correct": right, "ended": True, "weight": round(rng.uniform(0.05, 0.6), 3), "tokens": tokens, "va": va,
         "kl": [rng.uniform(0.2, 2) if v else rng.uniform(0, 0.1) for v in visual], "coefficient": [0.02 if v else 0.005 for v in visual],
-        "logp_teacher": teacher, "logp_degraded": [t - x for t, x in zip(teacher, va, strict=True)], "logp_student": [-1.1 if v else -0.1 for v in visual],
+        "logp_teacher": teacher, "logp_degraded": [t - x for t, x in zip(teacher, va, strict=True)],
+        "logp_student": [-1.1 if v else -0.1 for v in visual],
     }  # fmt: skip
 
 
@@ -219,3 +221,19 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_run(tmp_path: Path) -> Callable[..., Path]:
     """A run folder of the test's own."""
     return lambda name="own", **settings: make_run(tmp_path / name, **settings)
+
+
+@pytest.fixture
+def new_study(tmp_path: Path) -> Callable[[], Path]:
+    """A study folder of the test's own."""
+    return lambda: make_study(tmp_path / "study")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One headless Chromium for all tests; without it (Debian: `apt install chromium`) the tests that need it are skipped."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    tab = Browser()
+    yield tab
+    tab.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -27,18 +28,17 @@ class Browser:
         self.profile = tempfile.mkdtemp(prefix="vaopd-report-")
         to_child, self.write_end = os.pipe()
         self.read_end, from_child = os.pipe()
-        command = [
-            "sh",
-            "-c",
-            f'exec "$0" "$@" 3<&{to_child} 4>&{from_child}',
-            CHROMIUM,
-            *FLAGS,
-            f"--user-data-dir={self.profile}",
-            "about:blank",
-        ]
-        self.process = subprocess.Popen(command, pass_fds=(to_child, from_child), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(to_child)
-        os.close(from_child)
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (to_child, from_child)]  # out of the way of 3 and 4
+
+        def join() -> None:
+            os.dup2(ends[0], 3)
+            os.dup2(ends[1], 4)
+
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, preexec_fn=join, pass_fds=(3, 4), **quiet)
+        for end in (to_child, from_child, *ends):
+            os.close(end)
         self.buffer, self.count, self.session = b"", 0, None
         self.events: list[dict[str, Any]] = []
         target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")

@@ -221,10 +221,10 @@ def forest_plot(gains: Mapping[str, Json], colours: Mapping[str, str]) -> str:
         if points is not None:
             ends = (points if low is None else low, points if high is None else high)
             rows.append(Dot(label(name), points, *ends, gain_text(gain), colours.get(name, "ink")))
-    ends = [0.0, *(r.low for r in rows), *(r.high for r in rows)]
-    pad = 0.08 * (max(ends) - min(ends)) or 1.0
-    low, high = min(ends) - pad, max(ends) + pad
-    return dot_plot(rows, slug="gains", title="Gain over the student", unit="percentage points, 95 % interval", low=low, high=high)
+    places = [0.0, *(r.low for r in rows), *(r.high for r in rows)]
+    pad = 0.08 * (max(places) - min(places)) or 1.0
+    unit = "percentage points, 95 % interval"
+    return dot_plot(rows, slug="gains", title="Gain over the student", unit=unit, low=min(places) - pad, high=max(places) + pad)
 
 
 def mass_figure(curve: object) -> str:

@@ -30,7 +30,9 @@ ENDS: dict[str, dict[str, tuple[Lab, Lab]]] = {
     "va": {"light": ((1.0, 0.0, 0.0), (0.72, 0.10, 0.13)), "dark": ((0.235, 0.0, -0.006), (0.74, 0.085, 0.115))},
     "kl": {"light": ((1.0, 0.0, 0.0), (0.70, -0.055, -0.115)), "dark": ((0.235, 0.0, -0.006), (0.72, -0.045, -0.105))},
 }
-INK = {"light": "#1d2025", "dark": "#e8e8e6"}
+INKS = ("#1d2025", "#e8e8e6")  # the page's own text colours
+HARD_INKS = ("#000000", "#ffffff")  # where neither stands out enough
+ENOUGH = 4.5  # contrast of text, WCAG 2 AA
 
 
 def srgb(lab: Lab) -> tuple[float, float, float]:
@@ -71,7 +73,8 @@ def contrast(one: str, other: str) -> float:
 
 def readable(colour: str) -> str:
     """The text colour that stands out more from this shade."""
-    return max(INK.values(), key=lambda ink: contrast(ink, colour))
+    soft, hard = (max(inks, key=lambda ink: contrast(ink, colour)) for inks in (INKS, HARD_INKS))
+    return soft if contrast(soft, colour) >= ENOUGH else hard
 
 
 def scale_css() -> str:

@@ -203,9 +203,8 @@ def read_study(study: Path) -> tuple[list[Run], Json, list[str]]:
     """The cells of a study, its summary, and notes. Raises `DataError` if it has no cell."""
     cells = find_cells(study)
     if not cells:
-        raise DataError(
-            f"{study} holds neither a run ({', '.join(RUN_FILES)}) nor folders with runs. Give a folder that `vaopd train` or `vaopd study` wrote."
-        )
+        files = ", ".join(RUN_FILES)
+        raise DataError(f"{study} holds neither a run ({files}) nor folders with runs. Give a folder that `vaopd train` wrote, or a study.")
     notes: list[str] = []
     summary = read_result(Path(study) / "summary.json", notes)
     return [read_run(cell, cell.relative_to(study).as_posix()) for cell in cells], summary, notes
