@@ -178,22 +178,22 @@ def test_flipped_bytes_never_give_a_traceback() -> None:
                 assert decode(hurt.tobytes()).mode == "RGB"
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "empty"),
-        (b"hello", "no JPEG, PNG or WebP"),
-        (encoded(noise(), "GIF"), "a GIF"),
-        (encoded(noise(), "BMP"), "a BMP"),
-        (encoded(noise(), "TIFF"), "a TIFF"),
-        (b"<html>404</html>", "HTML"),
-        (bomb(), "pixels; at most"),
-        (bomb(8000, 8000), "64,000,000 pixels"),
-        (webp_header(16_000, 16_000, b"VP8X"), "256,000,000 pixels"),
-        (webp_header(16_000, 16_000, b"VP8L"), "256,000,000 pixels"),
-        (webp_header(16_000, 16_000, b"VP8 "), "256,000,000 pixels"),
-    ],
-)
+REFUSED = [
+    (b"", "empty"),
+    (b"hello", "no JPEG, PNG or WebP"),
+    (encoded(noise(), "GIF"), "a GIF"),
+    (encoded(noise(), "BMP"), "a BMP"),
+    (encoded(noise(), "TIFF"), "a TIFF"),
+    (b"<html>404</html>", "HTML"),
+    (bomb(), "pixels; at most"),
+    (bomb(8000, 8000), "64,000,000 pixels"),
+    (webp_header(16_000, 16_000, b"VP8X"), "256,000,000 pixels"),
+    (webp_header(16_000, 16_000, b"VP8L"), "256,000,000 pixels"),
+    (webp_header(16_000, 16_000, b"VP8 "), "256,000,000 pixels"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_refused_with_reason(data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         decode(data)

@@ -331,6 +331,16 @@ def test_token_of_one_character_is_refused() -> None:
         Renderer(make_processor(tokenizer=tokenizer))(row("a § b"))
 
 
+def test_overlapping_tokens() -> None:
+    """Cutting the first occurrence must not leave the second one, which begins inside it, whole."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("[x]", "]y[", "[x]y")])
+    processor = make_processor(tokenizer=tokenizer)
+    renderer = Renderer(processor)
+    for text in ("[x]y[", "[x]y[x]y[", "]y[x]"):
+        assert_only_text(processor, renderer, text)
+
+
 def test_white_space_tokens_are_ordinary_text() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
