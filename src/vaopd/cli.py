@@ -77,7 +77,7 @@ def evaluate(
     from vaopd.evaluate.command import evaluate_folder
 
     _quiet()
-    view = ViewConfig(ratio=ratio, resolution=resolution)  # type: ignore[arg-type]
+    view = ViewConfig(ratio=ratio, resolution=resolution)
     with terminal.counting("evaluating") as on_progress:
         result = evaluate_folder(
             model,
@@ -146,5 +146,3 @@ def _quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-

@@ -53,7 +53,9 @@ class MethodConfig(_Strict):
         for key, value in self.numbers.items():
             known = METHODS[self.name]
             if key not in known:
-                raise ValueError(f"method '{self.name}' has no number '{key}'.{did_you_mean(key, known)} It has: {', '.join(known) or 'none'}")
+                raise ValueError(
+                    f"method '{self.name}' has no number '{key}'.{did_you_mean(key, known)} It has: {', '.join(known) or 'none'}"
+                )
             if isinstance(value, bool) or not isinstance(value, str if isinstance(known[key], str) else int | float):
                 raise ValueError(f"'{key}' of method '{self.name}' must be like {known[key]!r}, found {value!r}")
         return self

@@ -67,7 +67,8 @@ class TrainingView:
         if self.config.method.off_policy:
             say("responses  the data's solutions")
         else:
-            say(f"rollouts   {self.config.rollouts.k} per prompt, temperature {self.config.rollouts.temperature}, top-p {self.config.rollouts.top_p}")
+            rollouts = self.config.rollouts
+            say(f"rollouts   {rollouts.k} per prompt, temperature {rollouts.temperature}, top-p {rollouts.top_p}")
         self.bars.start()
         return self
 

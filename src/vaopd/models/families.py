@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaopd.errors import ModelError, did_you_mean
 from vaopd.types import Prompt
@@ -61,7 +61,7 @@ class Qwen3VL:
 FAMILIES: dict[str, Family] = {"qwen3_vl": Qwen3VL()}
 
 
-def family_of(model: nn.Module | Any) -> Family:
+def family_of(model: Any) -> Family:
     """The family of a model or a configuration. Raises ModelError when it isn't supported."""
     config = getattr(model, "config", model)
     try:

@@ -108,7 +108,9 @@ def load_model(source: Source, *, dtype: torch.dtype) -> Any:
     )
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < source.vocab_size:
-        raise ModelError(f"{source.name}: the LM head has {rows} rows for {source.vocab_size} token ids; the tokenizer belongs to another model")
+        raise ModelError(
+            f"{source.name}: the LM head has {rows} rows for {source.vocab_size} token ids; the tokenizer belongs to another model"
+        )
     return model.eval()
 
 
@@ -219,5 +221,6 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"can't load '{name}': {reason}\nGive a folder with config.json, tokenizer and safetensors weights, or a hub name that is reachable"
+            f"can't load '{name}': {reason}\n"
+            "Give a folder with config.json, tokenizer and safetensors weights, or a hub name that is reachable"
         ) from error

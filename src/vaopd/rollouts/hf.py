@@ -159,9 +159,7 @@ def _prefill(model: Any, prompts: Sequence[Prompt], k: int, view: str) -> _State
     next_B = torch.tensor([int(place.max()) + 1 for place in places], device=device)
     cache = DynamicCache(config=model.config.get_text_config())
     images = family.encode_images(model, [view_images(prompt, view) for prompt in prompts], [1] * len(prompts))
-    body = model.model(
-        input_ids=ids_BP, attention_mask=attention_BP, position_ids=positions_ABP, cache=cache, use_cache=True, **images
-    )
+    body = model.model(input_ids=ids_BP, attention_mask=attention_BP, position_ids=positions_ABP, cache=cache, use_cache=True, **images)
     cache.batch_repeat_interleave(k)
     return _State(
         cache=cache,

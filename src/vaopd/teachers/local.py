@@ -44,9 +44,7 @@ class LocalTeacher:
             pictured = [group for group in groups if group.prompt.images]
             scored = iter(self._logp(pictured, self._hidden(pictured, view)) if pictured else ())
             logp[view] = [next(scored) if g.prompt.images else same for g, same in zip(groups, logp[ORIGINAL], strict=True)]
-        return [
-            Scores(hidden_NG, {view: logp[view][index] for view in logp}) for index, hidden_NG in enumerate(hidden[ORIGINAL])
-        ]
+        return [Scores(hidden_NG, {view: logp[view][index] for view in logp}) for index, hidden_NG in enumerate(hidden[ORIGINAL])]
 
     def _hidden(self, groups: Sequence[Group], view: str) -> list[Tensor]:
         """Per group (N, G)."""

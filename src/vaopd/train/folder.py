@@ -28,7 +28,9 @@ class RunFolder:
         """Refuse to start over a run that is there, or to resume one that is not. Raises CheckpointError."""
         there = self.metrics.exists() or self.checkpoints.exists() or (self.path / "config.yaml").exists()
         if there and not resume:
-            raise CheckpointError(f"there is a run in {self.path} already. Go on with it by --resume, or give another folder: --set run=FOLDER")
+            raise CheckpointError(
+                f"there is a run in {self.path} already. Go on with it by --resume, or give another folder: --set run=FOLDER"
+            )
         if resume and not there:
             raise CheckpointError(f"there is no run to resume in {self.path}. Start it without --resume")
 

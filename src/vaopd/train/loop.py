@@ -106,8 +106,8 @@ def _stop_if_sick(run: Run, row: Metrics) -> None:
     run.state["nonfinite_streak"] = run.state["nonfinite_streak"] + 1 if row["nonfinite"] else 0
     if run.state["nonfinite_streak"] >= STOP_AFTER:
         raise TrainingStopped(
-            f"{STOP_AFTER} steps in a row, up to step {row['step']}, had a score, loss or gradient that is not finite; none of them changed "
-            "the weights. Lower optim.lr or use precision: fp32, and go on with --resume"
+            f"{STOP_AFTER} steps in a row, up to step {row['step']}, had a score, loss or gradient that is not finite; none of them "
+            "changed the weights. Lower optim.lr or use precision: fp32, and go on with --resume"
         )
 
 

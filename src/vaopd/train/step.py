@@ -103,9 +103,7 @@ class StudentLoss(nn.Module):
             return (c_N * nll_N).sum() / normalizer, nll_N.detach()
         if teacher_hidden_NG is None or teacher_head is None:
             raise ValueError(f"loss '{self.loss}' compares with a teacher's states, but none were given. Use loss 'nll' without a teacher.")
-        return fused_weighted_divergence(
-            hidden_NH, head, teacher_hidden_NG, teacher_head, c_N, normalizer=normalizer, divergence=self.loss
-        )
+        return fused_weighted_divergence(hidden_NH, head, teacher_hidden_NG, teacher_head, c_N, normalizer=normalizer, divergence=self.loss)
 
 
 def drop_empty(groups: Sequence[Group]) -> list[Group]:
@@ -135,9 +133,7 @@ def advantages(groups: Sequence[Group], scores: Sequence[Scores], deadband: floa
     return visual_advantage(original_N, degraded_N, deadband=deadband)
 
 
-def backward(
-    groups: Sequence[Group], scores: Sequence[Scores], c_N: Tensor, normalizer: float, tools: Tools
-) -> tuple[float, Tensor]:
+def backward(groups: Sequence[Group], scores: Sequence[Scores], c_N: Tensor, normalizer: float, tools: Tools) -> tuple[float, Tensor]:
     """Accumulate the gradient of eq. 6 over micro-batches; returns this process' share of the loss and the tokens' divergence."""
     hidden_NG = torch.cat([score.hidden_NG for score in scores]) if scores else None
     head = tools.teacher.head if tools.teacher else None

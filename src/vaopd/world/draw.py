@@ -38,7 +38,12 @@ READING = ("the sides measure", "the labels say", "the three sides are", "I read
 REASONING = {
     "perimeter": ("Adding them up gives", "Their sum is", "Together they make", "So the outline is"),
     "longest": ("The largest of them is", "The longest one is", "Comparing them the greatest is", "The biggest value is"),
-    "difference": ("Longest minus shortest is", "Subtracting the shortest gives", "The gap between the extremes is", "Taking the difference gives"),
+    "difference": (
+        "Longest minus shortest is",
+        "Subtracting the shortest gives",
+        "The gap between the extremes is",
+        "Taking the difference gives",
+    ),
 }
 CLOSING = ("The answer is", "Hence the answer is", "So the answer is", "Therefore the answer is")
 
