@@ -26,7 +26,8 @@ def require_flat(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.ndim != 1:
             raise ValueError(
-                f"{name} must be flat, one entry per token or rollout, but has shape {tuple(x.shape)}. Use from_padded(x_RT, mask_RT) to drop the padding."
+                f"{name} must be flat, one entry per token or rollout, but has shape {tuple(x.shape)}. "
+                "Use from_padded(x_RT, mask_RT) to drop the padding."
             )
 
 
@@ -44,7 +45,8 @@ def require_exact(name: str, x: Tensor) -> None:
     """Raises ValueError for half precision: a bf16 log-probability near -5 is known to about 0.02 only."""
     if x.dtype not in EXACT:
         raise ValueError(
-            f"{name} must be float32 or float64, but is {x.dtype}. Compute it with token_log_probs and keep it out of autocast and FSDP casts."
+            f"{name} must be float32 or float64, but is {x.dtype}. "
+            "Compute it with token_log_probs and keep it out of autocast and FSDP casts."
         )
 
 
@@ -69,7 +71,7 @@ def require_share(name: str, value: float, *, zero: bool = False, one: bool = Fa
         raise ValueError(f"{name} is a share and must lie in {interval}, but is {value}.")
 
 
-def is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Tensor | None) -> bool:
     """Whether `x` is sharded. No tensor can be a DTensor before its module was imported, so nothing is imported here."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

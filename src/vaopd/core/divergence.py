@@ -29,8 +29,8 @@ class Divergence(Protocol):
         """(N,) nats, >= 0, differentiable."""
         ...
 
-    def value_and_grad_(self, logq_NV: Tensor, logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """((N,) value, (N, V) derivative by the student's logits); may overwrite its arguments."""
+    def value_and_grad_(self, logq_NV: Tensor, logp_NV: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """((N,) value, (N, V) derivative by the student's logits); may overwrite all three, and return one of them."""
         ...
 
 
@@ -41,10 +41,10 @@ class ReverseKL:
     def value(self, logq_NV: Tensor, logp_NV: Tensor) -> Tensor:
         return (logq_NV.exp() * (logq_NV - logp_NV)).sum(-1)
 
-    def value_and_grad_(self, logq_NV: Tensor, logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad_(self, logq_NV: Tensor, logp_NV: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor]:
         ratio_NV = torch.sub(logq_NV, logp_NV, out=logp_NV)
         q_NV = logq_NV.exp_()
-        kl_N = torch.linalg.vecdot(q_NV, ratio_NV)
+        kl_N = torch.mul(q_NV, ratio_NV, out=scratch_NV).sum(-1)  # vecdot would allocate the product
         # Without centring every logit of a row would shift by q · KL: the softmax makes that part of the derivative vanish.
         ratio_NV -= kl_N[:, None]
         ratio_NV *= q_NV
@@ -58,13 +58,12 @@ class ForwardKL:
     def value(self, logq_NV: Tensor, logp_NV: Tensor) -> Tensor:
         return (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)
 
-    def value_and_grad_(self, logq_NV: Tensor, logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        p_NV = logp_NV.exp()
+    def value_and_grad_(self, logq_NV: Tensor, logp_NV: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor]:
+        p_NV = torch.exp(logp_NV, out=scratch_NV)
         ratio_NV = torch.sub(logp_NV, logq_NV, out=logp_NV)
-        kl_N = torch.linalg.vecdot(p_NV, ratio_NV)
         q_NV = logq_NV.exp_()
-        q_NV -= p_NV
-        return kl_N, q_NV
+        grad_NV = q_NV.sub_(p_NV)
+        return ratio_NV.mul_(p_NV).sum(-1), grad_NV
 
 
 @dataclass(frozen=True)
@@ -83,22 +82,21 @@ class JSD:
                 f"beta of JSD must lie in (0, 1), but is {self.beta}. Use 'forward_kl' for the limit 0 and 'reverse_kl' for the limit 1."
             )
 
-    def _log_mixture(self, logq_NV: Tensor, logp_NV: Tensor) -> Tensor:
-        return torch.logaddexp(logq_NV + math.log1p(-self.beta), logp_NV + math.log(self.beta))
-
     def value(self, logq_NV: Tensor, logp_NV: Tensor) -> Tensor:
-        logm_NV = self._log_mixture(logq_NV, logp_NV)
+        logm_NV = torch.logaddexp(logq_NV + math.log1p(-self.beta), logp_NV + math.log(self.beta))
         teacher_N = (logp_NV.exp() * (logp_NV - logm_NV)).sum(-1)
         student_N = (logq_NV.exp() * (logq_NV - logm_NV)).sum(-1)
         return self.beta * teacher_N + (1 - self.beta) * student_N
 
-    def value_and_grad_(self, logq_NV: Tensor, logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        logm_NV = self._log_mixture(logq_NV, logp_NV)
+    def value_and_grad_(self, logq_NV: Tensor, logp_NV: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor]:
+        log_student_weight, log_teacher_weight = math.log1p(-self.beta), math.log(self.beta)
+        logm_NV = torch.add(logp_NV, log_teacher_weight - log_student_weight, out=scratch_NV)
+        logm_NV = torch.logaddexp(logq_NV, logm_NV, out=logm_NV).add_(log_student_weight)
         p_NV = logp_NV.exp()
-        teacher_N = torch.linalg.vecdot(p_NV, logp_NV.sub_(logm_NV))
+        teacher_N = p_NV.mul_(logp_NV.sub_(logm_NV)).sum(-1)
         ratio_NV = torch.sub(logq_NV, logm_NV, out=logm_NV)
         q_NV = logq_NV.exp_()
-        student_N = torch.linalg.vecdot(q_NV, ratio_NV)
+        student_N = torch.mul(q_NV, ratio_NV, out=logp_NV).sum(-1)
         ratio_NV -= student_N[:, None]
         ratio_NV *= q_NV.mul_(1 - self.beta)
         return self.beta * teacher_N + (1 - self.beta) * student_N, ratio_NV

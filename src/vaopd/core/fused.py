@@ -95,16 +95,18 @@ class _Sweep:
         gradients = HeadGradients(student, hidden_NH, self.student_head, needs) if any(needs) else None
         c_N = self.c_N.to(dtype) / self.normalizer
         kl_N = torch.empty_like(c_N)
+        # Three buffers for the whole pass: freed and allocated anew per chunk, blocks of this size leave holes that double the peak.
+        buffers = kl_N.new_empty(3, min(self.chunk, len(kl_N)), self.vocab)
         for rows in chunks(len(kl_N), self.chunk):
-            hidden_nH = hidden_NH[rows]
-            z_nV = student.logits(hidden_nH)
-            logq_nV = z_nV.log_softmax(-1)
-            logp_nV = teacher.logits(self.teacher_hidden_NG[rows]).log_softmax(-1)
+            hidden_nH, (z_nV, logq_nV, logp_nV) = hidden_NH[rows], buffers[:, : rows.stop - rows.start]
+            student.logits(hidden_nH, out=z_nV)
+            slope_nV = student.slope(z_nV) if gradients else None
+            torch.log_softmax(z_nV, -1, out=logq_nV)
+            torch.log_softmax(teacher.logits(self.teacher_hidden_NG[rows], out=z_nV), -1, out=logp_nV)
             if gradients is None:
                 kl_N[rows] = self.measure.value(logq_nV, logp_nV)
             else:
-                slope_nV = student.slope(z_nV)
-                kl_N[rows], grad_nV = self.measure.value_and_grad_(logq_nV, logp_nV)
+                kl_N[rows], grad_nV = self.measure.value_and_grad_(logq_nV, logp_nV, z_nV)
                 gradients.add(rows, hidden_nH, grad_nV, slope_nV, c_N[rows])
         return (c_N * kl_N).sum(), kl_N, gradients.results() if gradients else (None, None, None)
 
@@ -114,9 +116,9 @@ class _FusedDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, sweep: _Sweep, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
-        needs = tuple(need and grad_enabled for need in ctx.needs_input_grad[:3])
+        hidden, weight, bias = (need and grad_enabled for need in ctx.needs_input_grad[:3])
         with no_autocast(hidden_NH):
-            loss, kl_N, gradients = sweep.run(hidden_NH, needs)
+            loss, kl_N, gradients = sweep.run(hidden_NH, (hidden, weight, bias))
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(kl_N)
         return loss, kl_N

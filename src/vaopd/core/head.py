@@ -74,6 +74,11 @@ def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def has_fp32_output(device: torch.device) -> bool:
+    """Whether torch.mm takes `out_dtype` there."""
+    return device.type == "cuda"
+
+
 def chunks(n: int, size: int) -> Iterator[slice]:
     """The slices of 0..n of at most `size` rows."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
@@ -95,21 +100,21 @@ class Projection:
 
     def __init__(self, head: Head, vocab: int, hidden_NH: Tensor, dtype: torch.dtype) -> None:
         weight_VH = head.weight_VH.detach()[:vocab]
-        half = weight_VH.is_cuda and weight_VH.dtype == hidden_NH.dtype == torch.bfloat16 and dtype == torch.float32
+        both_bf16 = weight_VH.dtype == hidden_NH.dtype == torch.bfloat16 and dtype == torch.float32
         self.dtype = dtype
-        self.operand = torch.bfloat16 if half else dtype
+        self.operand = torch.bfloat16 if both_bf16 and has_fp32_output(weight_VH.device) else dtype
         self.weight_VH = weight_VH.to(self.operand)
         self.bias_V = None if head.bias_V is None else head.bias_V.detach()[:vocab].to(dtype)
         self.scale, self.softcap = head.scale, head.softcap
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
+    def product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """a @ b with `dtype` output."""
         a, b = a.to(self.operand), b.to(self.operand)
-        return a @ b if self.operand == self.dtype else torch.mm(a, b, out_dtype=self.dtype)
+        return torch.mm(a, b, out=out) if self.operand == self.dtype else torch.mm(a, b, out_dtype=self.dtype, out=out)
 
-    def logits(self, hidden_nH: Tensor) -> Tensor:
-        """(n, V), a fresh tensor; equals Head.logits."""
-        z_nV = self.product(hidden_nH, self.weight_VH.T)
+    def logits(self, hidden_nH: Tensor, out: Tensor | None = None) -> Tensor:
+        """(n, V), in `out` or a fresh tensor; equals Head.logits."""
+        z_nV = self.product(hidden_nH, self.weight_VH.T, out)
         if self.bias_V is not None:
             z_nV += self.bias_V
         if self.scale != 1.0:

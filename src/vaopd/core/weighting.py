@@ -375,8 +375,8 @@ def _batch(a_N: Tensor, rollout_N: Tensor, group_R: Tensor) -> Batch:
     require_same_length(a_N=a_N, rollout_N=rollout_N)
     require_integers(rollout_N=rollout_N, group_R=group_R)
     rollout_N, rollouts = rollout_N.detach().cpu().long(), len(group_R)
-    if len(rollout_N) and not (0 <= int(rollout_N.min()) and int(rollout_N.max()) < rollouts):
-        low, high = int(rollout_N.min()), int(rollout_N.max())
+    low, high = (int(rollout_N.min()), int(rollout_N.max())) if len(rollout_N) else (0, -1)
+    if low < 0 or high >= rollouts:
         raise ValueError(f"rollout_N must lie in 0..{rollouts - 1}, as group_R has {rollouts} rollouts, but runs from {low} to {high}.")
     batch = Batch(a64_N, rollout_N, torch.unique(group_R.detach().cpu(), return_inverse=True)[1])
     empty = (batch.length_R == 0).nonzero().flatten().tolist()
