@@ -17,9 +17,10 @@ from report_hostile import HOSTILE, poison, rows_of
 
 from vaopd.errors import DataError
 from vaopd.report import write_comparison, write_report
-from vaopd.report.figures import CURVES, accuracy, closed, gain_text, group_runs, nats, percent, series
+from vaopd.report.figures import CURVES, accuracy, closed, gain_text, group_runs, label, nats, percent, series
 from vaopd.report.page import PAGE_BYTES
 from vaopd.report.read import group_name, read_metrics, read_run
+from vaopd.report.seeds import t95
 
 
 def page_of(path: Path) -> str:
@@ -39,6 +40,9 @@ def test_numbers() -> None:
     assert accuracy({"accuracy": 0.5, "se": None}) == "50.0"
     assert nats(0.07) == "0.070"
     assert nats(1.234) == "1.23"
+    assert nats(0.00077) == "0.00077"
+    assert nats(0) == "0.000"
+    assert label("va_opd-seed2") == "VA-OPD, seed2"
     assert gain_text({"points": 29.1, "low": 25.0, "high": 33.2}) == "+29.1 [25.0, 33.2]"
     assert gain_text({"points": -1.25, "low": -3.0, "high": 0.5}) == "−1.2 [−3.0, 0.5]"
     assert gain_text({}) == "–"
@@ -286,7 +290,16 @@ def test_seeds_of_one_method_become_one_line_with_their_spread(new_run: Callable
 
 @pytest.mark.parametrize(
     ("name", "group"),
-    [("va_opd/seed_1", "va_opd"), ("opd-s3", "opd"), ("opd_seed12", "opd"), ("seed_1", "seed_1"), ("va_opd", "va_opd"), ("lr3", "lr3")],
+    [
+        ("va_opd/seed_1", "va_opd"),
+        ("opd-s3", "opd"),
+        ("opd_seed12", "opd"),
+        ("seed_1", "seed_1"),
+        ("va_opd", "va_opd"),
+        ("lr3", "lr3"),
+        ("losses2", "losses2"),
+        ("opd-seed12", "opd"),
+    ],
 )
 def test_a_cell_name_without_its_seed(name: str, group: str) -> None:
     assert group_name(name) == group
@@ -312,3 +325,29 @@ def test_what_cannot_be_reported_is_an_error_that_says_the_fix(tmp_path: Path, r
 def test_the_report_does_not_load_torch() -> None:
     code = "import sys, vaopd.report; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_methods_are_compared_by_seed(new_run: Callable[..., Path], tmp_path: Path) -> None:
+    for method, shift in (("opd", 0.0), ("va_opd", 0.01)):
+        for seed, extra in enumerate((0.0, 0.02, 0.0)):
+            new_run(
+                f"study/{method}-seed{seed}",
+                method=method,
+                gain=0.2 + shift + extra + (0.01 if method == "va_opd" and seed == 1 else 0),
+                questions=1,
+                k=1,
+            )
+    text = text_of(page_of(write_comparison(tmp_path / "study")))
+    # by hand: accuracies 61.9, 63.9, 61.9 and 62.9, 65.9, 62.9; differences 1, 2, 1: mean 4/3, se 1/3, t(2) = 4.303
+    assert "OPD, mean of 3 seeds 62.6 ± 0.7" in text
+    assert "VA-OPD, mean of 3 seeds 63.9 ± 1.0" in text
+    assert "VA-OPD minus OPD, 3 seeds paired" in text
+    assert "+1.3 [−0.1, 2.8]" in text
+    assert "VA-OPD minus OPD, 3 seeds paired: the interval includes zero" in text
+    assert "OPD, seed1 63.9" in text
+
+
+def test_t_quantiles() -> None:
+    assert [round(t95(n), 2) for n in (1, 2, 10)] == [12.71, 4.30, 2.23]
+    assert 2.201 <= t95(11) < 2.21
+    assert 2.042 <= t95(30) < 2.06

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vaopd.report.heat import clip, visible
+from vaopd.report.heat import clip, significant, visible
 from vaopd.report.plots import Dot, Series, dot_plot, line_plot, mass_plot, short
 from vaopd.report.read import Json, Run, group_name, items, number, records
+from vaopd.report.seeds import Group, spread
 
 LABELS = {
     "student": "student",
@@ -55,16 +56,6 @@ CURVES = (
 )
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that repeat the same thing with other seeds; usually one."""
-
-    key: str
-    label: str
-    colour: int
-    runs: tuple[Run, ...]
-
-
 def method(run: Run) -> str:
     """The configured method's name: a word, or the name inside a mapping with its numbers."""
     value = run.config.get("method")
@@ -75,6 +66,9 @@ def method(run: Run) -> str:
 
 def label(name: str) -> str:
     """A key as people write it; folder names and keys of files are foreign text."""
+    base = group_name(name)
+    if base in LABELS and base != name:
+        return f"{LABELS[base]}, {visible(clip(name.removeprefix(base).strip('-_/.'), 40))}"
     return LABELS.get(name) or visible(clip(name, 60))
 
 
@@ -88,13 +82,6 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     free = iter([c for c in range(COLOURS) if not distinct or c not in methods] * len(found))
     colours = [m if m is not None and distinct else next(free) for m in methods]
     return [Group(name, label(name), c, tuple(members)) for (name, members), c in zip(found.items(), colours, strict=True)]
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """Standard error of the mean over seeds."""
-    n = len(values)
-    centre = sum(values) / n
-    return (sum((v - centre) ** 2 for v in values) / (n - 1) / n) ** 0.5 if n > 1 else None
 
 
 def series(group: Group, curve: Curve) -> Series:
@@ -138,8 +125,10 @@ def percent(value: object) -> str:
 
 
 def nats(value: object) -> str:
-    """Nats with three decimals, two from 1 on: 0.07 -> `0.070`."""
+    """Nats with three decimals, two from 1 on, two digits below 0.01: 0.07 -> `0.070`, 0.00077 -> `0.00077`."""
     known = number(value)
+    if known is not None and 0 < abs(known) < 0.01:
+        return significant(known, 2)
     return "–" if known is None else f"{known:.{3 if abs(known) < 1 else 2}f}".replace("-", "−")
 
 
@@ -184,7 +173,8 @@ def model_rows(models: Mapping[str, Json], gains: Mapping[str, Json], colours: M
     """The table of models: one row each, values formatted."""
     return [
         {
-            "name": label(name),
+            "name": label(name) + (f", mean of {m['seeds']} seeds" if "seeds" in m else ""),
+            "part": bool(group_name(name) != name and group_name(name) in models),
             "colour": colours.get(name, "ink"),
             "accuracy": accuracy(m),
             "gain": gain_text(gains.get(name, {})),
@@ -205,8 +195,8 @@ def accuracy_plot(models: Mapping[str, Json], colours: Mapping[str, str]) -> str
     rows = []
     for name, model in models.items():
         value = number(model.get("accuracy"))
-        if value is None:
-            continue
+        if value is None or (group_name(name) != name and group_name(name) in models):
+            continue  # a seed: its method's mean is drawn
         se = number(model.get("se")) or 0.0
         blind = tuple(100 * v for k in ("blind_degraded", "blind_removed") if (v := number(model.get(k))) is not None)
         rows.append(Dot(label(name), 100 * value, 100 * (value - se), 100 * (value + se), accuracy(model), colours.get(name, "ink"), blind))

@@ -17,6 +17,7 @@ from vaopd.report import figures
 from vaopd.report.heat import LEVELS, clip, heat_map_svg, scale_css, significant, visible
 from vaopd.report.read import Json, Run, is_run, number, read_run, read_study, records
 from vaopd.report.samples import choose
+from vaopd.report.seeds import Group, differences, mean_gains, with_means
 
 PAGE_BYTES = 3_000_000
 SAMPLE_BUDGET = 2_000_000  # characters for rollouts and their pictures
@@ -99,28 +100,31 @@ def gains_of(runs: Sequence[Run], summary: Json) -> dict[str, Json]:
     return records(summary.get("gains")) or records(own)
 
 
-def seeds(groups: Sequence[figures.Group], summary: Json) -> int:
+def seeds(groups: Sequence[Group], summary: Json) -> int:
     """The fewest repetitions of anything compared."""
     stated = summary.get("seeds")
     count = number(len(stated) if isinstance(stated, list) else stated)
     return int(count) if count else min(len(g.runs) for g in groups)
 
 
-def results(runs: Sequence[Run], groups: Sequence[figures.Group], summary: Json) -> Json:
+def results(runs: Sequence[Run], groups: Sequence[Group], summary: Json) -> Json:
     """Headline, table and plots of the final evaluation. A single run's own model is called `trained`."""
     models, gains = figures.all_models(runs, summary), gains_of(runs, summary)
     if len(runs) == 1:
         models = {"trained" if name == runs[0].name else name: m for name, m in models.items()}
         gains = {"trained" if name == runs[0].name else name: g for name, g in gains.items()}
     colours = {name: f"c{g.colour}" for g in groups for name in (g.key, "trained", *(run.name for run in g.runs))} | {"student": "grey"}
+    between = differences(models, groups)
+    pooled, shown = with_means(models, groups), mean_gains(gains, groups) | between
     curve = summary.get("mass_curve") or next((m for r in runs if (m := r.result.get("mass_curve"))), None)
     return {
-        "rows": figures.model_rows(models, gains, colours),
-        "accuracy_plot": Markup(figures.accuracy_plot(models, colours)),
+        "rows": figures.model_rows(pooled, shown | gains, colours),
+        "accuracy_plot": Markup(figures.accuracy_plot(pooled, colours)),
         "gain": gains.get("trained"),
-        "undecided": [figures.label(name) for name, g in gains.items() if figures.includes_zero(g)],
-        "forest": Markup("" if len(runs) == 1 else figures.forest_plot(gains, colours)),
+        "undecided": [figures.label(name) for name, g in shown.items() if figures.includes_zero(g)],
+        "forest": Markup("" if len(runs) == 1 else figures.forest_plot(shown, colours)),
         "mass_plot": Markup(figures.mass_figure(curve)),
+        "between": bool(between),
         "size": evaluation_size(runs, summary),
     }
 

@@ -212,4 +212,4 @@ def read_study(study: Path) -> tuple[list[Run], Json, list[str]]:
 
 def group_name(name: str) -> str:
     """The cell's name without its seed: runs of one group are repetitions of the same thing (`va_opd/seed_1` -> `va_opd`)."""
-    return re.sub(r"[-_/.]?(?:s|seed)[-_]?\d+$", "", name) or name
+    return re.sub(r"[-_/.](?:s|seed)[-_]?\d+$", "", name) or name
