@@ -115,7 +115,7 @@ def study(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One run or study folder, or several runs to put side by side.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the page; default: report.html in the first folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the page; default: report.html in the folder, or comparison.html beside several.")] = None,
 ) -> None:
     """Write the HTML page of a run, a study, or several runs side by side."""
     _write_report(runs, out)
@@ -127,7 +127,9 @@ def _write_report(runs: list[Path], out: Path | None) -> None:
     for run in runs:
         if not run.is_dir():
             raise ConfigError(f"there is no run folder at {run.absolute()}. Give the folder that `vaopd train` wrote")
-    terminal.say(f"report: {write_report(runs, out)}")
+    if len(runs) > 1 and out is None:
+        out = runs[0].parent / "comparison.html"
+    terminal.say(f"report: {write_report(runs if len(runs) > 1 else runs[0], out)}")
 
 
 def _shipped(recipe: Path) -> Path:

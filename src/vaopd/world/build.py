@@ -1,4 +1,4 @@
-"""Retrain the models of the built-in world from their seeds: `python -m vaopd.world.build FOLDER`.
+"""Retrain the models of the built-in world from their seeds: `python -m vaopd.world.build FOLDER [NAME …]`.
 
 Teacher and student differ in size and in how long they learned to read, so the student talks like the teacher and reads worse.
 """
@@ -64,17 +64,18 @@ def world_pupils() -> Sequence[Pupil]:
         )
 
     return (
-        Pupil("teacher", LARGE, phases(1000, 900), seed=0),
-        Pupil("student", SMALL, phases(1100, 700), seed=10),
+        Pupil("teacher", LARGE, phases(1000, 1300), seed=0),
+        Pupil("student", SMALL, phases(1000, 600), seed=10),
     )
 
 
 def main() -> None:
-    """Make both models."""
-    folder = Path(sys.argv[1])
+    """Make the named models, by default all of them."""
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
     processor = build_processor(draw.texts(), side=draw.SIDE, background=draw.BOARD)
     for pupil in world_pupils():
-        make(pupil, processor, folder)
+        if not names or pupil.name in names:
+            make(pupil, processor, folder)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,10 @@ def _label_places(corners: list[tuple[float, float]], centre_x: float, centre_y:
 
 
 def solve(kind: str, labels: tuple[int, ...]) -> tuple[str, str]:
-    """The working (`3+5+4=12`) and the answer (`12`) of a question of this kind."""
+    """The working (`3+5=8, 8+4=12`) and the answer (`12`) of a question of this kind."""
     if kind == "perimeter":
-        return f"{'+'.join(map(str, labels))}={sum(labels)}", str(sum(labels))
+        first, second, third = labels
+        return f"{first}+{second}={first + second}, {first + second}+{third}={sum(labels)}", str(sum(labels))
     if kind == "longest":
         return str(max(labels)), str(max(labels))
     return f"{max(labels)}-{min(labels)}={max(labels) - min(labels)}", str(max(labels) - min(labels))
