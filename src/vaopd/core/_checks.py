@@ -71,6 +71,14 @@ def require_share(name: str, value: float, *, zero: bool = False, one: bool = Fa
         raise ValueError(f"{name} is a share and must lie in {interval}, but is {value}.")
 
 
+def refuse_create_graph(what: str) -> None:
+    """Raises RuntimeError in a backward that is itself recorded: its result would count as a constant, silently."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} is differentiable once, but its backward was called with create_graph=True. Use token_divergence or Head.logits."
+        )
+
+
 def is_dtensor(x: Tensor | None) -> bool:
     """Whether `x` is sharded. No tensor can be a DTensor before its module was imported, so nothing is imported here."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._checks import require_finite, require_integers, require_same_length
+from ._checks import refuse_create_graph, require_finite, require_integers, require_same_length
 from .head import Head, HeadGradients, Projection, chunks, default_chunk, no_autocast, wide_dtype
 
 
@@ -253,8 +252,8 @@ class _TokenLogProbs(torch.autograd.Function):
         return logp_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("token_log_probs")
         hidden_NH, weight_VH, bias_V, ids_N, lse_N = ctx.saved_tensors
         head = replace(ctx.head, weight_VH=weight_VH, bias_V=bias_V)
         with no_autocast(hidden_NH):

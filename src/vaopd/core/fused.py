@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._checks import require_exact, require_finite, require_flat, require_positive, require_same_length
+from ._checks import refuse_create_graph, require_exact, require_finite, require_flat, require_positive, require_same_length
 from .divergence import Divergence, as_divergence, require_pair
 from .head import Head, HeadGradients, Projection, chunks, default_chunk, no_autocast, wide_dtype
 
@@ -124,6 +123,6 @@ class _FusedDivergence(torch.autograd.Function):
         return loss, kl_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("fused_weighted_divergence")
         return *(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors), None, None

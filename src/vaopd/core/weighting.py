@@ -102,9 +102,9 @@ def _two_means(batch: Batch, is_visual_N: Tensor, lam: float) -> Tensor:
     """Eq. 5 as token shares: λ/|V_k| for the visual tokens, (1-λ)/|L_k| for the others; an empty set leaves all mass to the other."""
     visual_R = _segment_sum(is_visual_N.double(), batch.rollout_N, len(batch.group_R))
     language_R = batch.length_R - visual_R
-    both_R = (visual_R > 0) & (language_R > 0)
-    share_visual_R = torch.where(both_R, lam, 1.0) / visual_R
-    share_language_R = torch.where(both_R, 1.0 - lam, 1.0) / language_R
+    one_set_R = (visual_R == 0) | (language_R == 0)
+    share_visual_R = torch.full_like(visual_R, lam).masked_fill(one_set_R, 1.0) / visual_R
+    share_language_R = torch.full_like(visual_R, 1.0 - lam).masked_fill(one_set_R, 1.0) / language_R
     return torch.where(is_visual_N, share_visual_R[batch.rollout_N], share_language_R[batch.rollout_N])
 
 
