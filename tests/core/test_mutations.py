@@ -100,7 +100,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "teacher.logits(self.teacher_hidden_NG[rows], out=z_nV).div_(0.7)",
         )
     ],
-    "normalizer ignored": [("fused.py", "self.c_N.to(dtype) / self.normalizer", "self.c_N.to(dtype)")],
+    "normalizer ignored": [("fused.py", "self.c_N.to(hidden_NH.device, dtype) / self.normalizer", "self.c_N.to(dtype)")],
     "upstream gradient ignored": [("fused.py", "g * grad_loss.to(g.dtype)", "g")],
     "gradient without its coefficient": [("head.py", "(c_n * self.projection.scale)", "(torch.ones_like(c_n) * self.projection.scale)")],
     "gradient without the scale": [("head.py", "(c_n * self.projection.scale)", "c_n")],

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._checks import refuse_create_graph, require_finite, require_integers, require_same_length
+from ._checks import refuse_create_graph, require_finite, require_integers, require_positive, require_same_length
 from .head import Head, HeadGradients, Projection, chunks, default_chunk, no_autocast, wide_dtype
 
 
@@ -221,7 +221,7 @@ def token_log_probs(hidden_NH: Tensor, head: Head, ids_N: Tensor, *, chunk: int 
         logp_N: (N,) nats, fp32 (fp64 where an operand is).
 
     Raises:
-        ValueError: shapes that do not fit, ids outside the vocabulary.
+        ValueError: shapes that do not fit, ids outside the vocabulary, a chunk not above 0.
     """
     require_hidden("hidden_NH", hidden_NH, head)
     require_integers(ids_N=ids_N)
@@ -231,6 +231,7 @@ def token_log_probs(hidden_NH: Tensor, head: Head, ids_N: Tensor, *, chunk: int 
         raise ValueError(
             f"ids_N must lie in 0..{head.size - 1}, the tokenizer's ids, but runs from {int(ids_N.min())} to {int(ids_N.max())}."
         )
+    require_positive(chunk=1 if chunk is None else chunk)
     rows = chunk or default_chunk(head.size, hidden_NH.device)
     return _TokenLogProbs.apply(hidden_NH, head.weight_VH, head.bias_V, head, ids_N.long(), rows)
 

@@ -6,6 +6,7 @@ and be multiplied through the head at once. What stays are the gradients of the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def fused_weighted_divergence(
     vocab = require_pair(student_hidden_NH, student_head, teacher_hidden_NG, teacher_head)
     _require_coefficients(c_N, student_hidden_NH)
     require_positive(normalizer=normalizer, chunk=1 if chunk is None else chunk)
-    sweep = _Sweep(student_head, teacher_hidden_NG.detach(), teacher_head, c_N, float(normalizer), measure, vocab, chunk)
+    rows = chunk or default_chunk(vocab, student_hidden_NH.device)
+    sweep = _Sweep(student_head, teacher_hidden_NG.detach(), teacher_head, c_N, float(normalizer), measure, vocab, rows)
     return _FusedDivergence.apply(student_hidden_NH, student_head.weight_VH, student_head.bias_V, sweep, torch.is_grad_enabled())
 
 
@@ -67,24 +69,18 @@ def _require_coefficients(c_N: Tensor, student_hidden_NH: Tensor) -> None:
     require_finite("c_N", c_N, "Take it from token_coefficients.")
 
 
+@dataclass(frozen=True, eq=False)
 class _Sweep:
     """The constant side of the loss, and the one pass over the rows."""
 
-    def __init__(
-        self,
-        student_head: Head,
-        teacher_hidden_NG: Tensor,
-        teacher_head: Head,
-        c_N: Tensor,
-        normalizer: float,
-        measure: Divergence,
-        vocab: int,
-        chunk: int | None,
-    ) -> None:
-        self.student_head, self.teacher_head = student_head, teacher_head
-        self.teacher_hidden_NG, self.measure, self.vocab = teacher_hidden_NG, measure, vocab
-        self.chunk = chunk or default_chunk(vocab, teacher_hidden_NG.device)
-        self.c_N, self.normalizer = c_N, normalizer
+    student_head: Head
+    teacher_hidden_NG: Tensor
+    teacher_head: Head
+    c_N: Tensor
+    normalizer: float
+    measure: Divergence
+    vocab: int
+    chunk: int
 
     def run(self, hidden_NH: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """(loss, kl_N, gradients by hidden states, weight and bias); `needs` says which of the gradients to form."""
@@ -92,7 +88,7 @@ class _Sweep:
         student = Projection(self.student_head, self.vocab, hidden_NH, dtype)
         teacher = Projection(self.teacher_head, self.vocab, self.teacher_hidden_NG, dtype)
         gradients = HeadGradients(student, hidden_NH, self.student_head, needs) if any(needs) else None
-        c_N = self.c_N.to(dtype) / self.normalizer
+        c_N = self.c_N.to(hidden_NH.device, dtype) / self.normalizer
         kl_N = torch.empty_like(c_N)
         # Three buffers for the whole pass: freed and allocated anew per chunk, blocks of this size leave holes that double the peak.
         buffers = kl_N.new_empty(3, min(self.chunk, len(kl_N)), self.vocab)
