@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from small_pair import Pair, make_config, make_pair, mixed_examples, write_data
 from vaopd.config import RunConfig
 from vaopd.types import Prompt

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+
 from vaopd.config import RunConfig, parse_config
 from vaopd.data.images import png_bytes
 from vaopd.data.render import Renderer

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_pair import Pair, make_group, picture, random_responses, reference_logits, reference_states
 from torch import Tensor
+
+from small_pair import Pair, make_group, picture, random_responses, reference_logits, reference_states
 from vaopd.models import families, forward
 from vaopd.models.forward import continue_positions, head_of, micro_batches, rows
 from vaopd.types import DEGRADED, ORIGINAL, Group, Prompt
@@ -246,7 +248,7 @@ def test_micro_batches_are_filled(budget: int) -> None:
     """The next rollout would not have fitted: no budget is left unused."""
     groups = fake_groups([10, 12, 8], [[3, 5, 9], [1, 1], [7, 2, 4, 6]])
     batches = [[(len(g.prompt.ids_P) + len(r)) for g in batch for r in g.responses] for batch in micro_batches(groups, budget)]
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         longer = [*batch, following[0]]
         assert len(longer) * max(longer) > budget
 

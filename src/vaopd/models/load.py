@@ -41,6 +41,8 @@ class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
+# Control ids that a model's configuration names, where it has them.
+NAMED_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 IMAGE_ONLY_PROCESSORS = {"qwen3_vl": ImageOnlyQwen3VLProcessor}
 
 
@@ -84,6 +86,11 @@ def open_source(name: str) -> Source:
     config = _loaded(name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     family_of(config)
     processor = _loaded(name, lambda: load_processor(path, config.model_type))
+    if processor.image_token_id != config.image_token_id:
+        raise ModelError(
+            f"{name}: its processor writes images as token {processor.image_token_id}, its config.json names {config.image_token_id} "
+            "(image_token_id). Take both from one model"
+        )
     return Source(name, path, config, processor, _eos_ids(path, processor))
 
 
@@ -100,12 +107,19 @@ def load_processor(path: str, model_type: str) -> Any:
 
 def load_model(source: Source, *, dtype: torch.dtype) -> Any:
     """The model with its weights, in evaluation mode; safetensors only. Raises ModelError."""
-    model = _loaded(
+    model, report = _loaded(
         source.name,
         lambda: AutoModelForImageTextToText.from_pretrained(
-            source.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+            source.path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         ),
     )
+    if missing := sorted(report["missing_keys"]):  # transformers draws these at random, and goes on
+        raise ModelError(f"{source.name}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}")
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < source.vocab_size:
         raise ModelError(
@@ -130,8 +144,7 @@ def control_ids(source: Source) -> frozenset[int]:
     """Special ids that no response may contain: all of the tokenizer's and the configuration's but the ends of a response."""
     tokenizer, config = source.processor.tokenizer, source.config
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-    named = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    special |= {value for key in named if isinstance(value := getattr(config, key, None), int)}
+    special |= {value for key in NAMED_IDS if isinstance(value := getattr(config, key, None), int)}
     return frozenset(special - source.eos_ids)
 
 
@@ -165,7 +178,11 @@ def _vocabulary(student: Source, teacher: Source) -> str | None:
 
 def _special_ids(student: Source, teacher: Source) -> str | None:
     ours, theirs = control_ids(student), control_ids(teacher)
-    return None if ours == theirs else f"special ids: {sorted(ours ^ theirs)} are special in one of them only"
+    if ours != theirs:
+        return f"special ids: {sorted(ours ^ theirs)} are special in one of them only"
+    named = [(key, getattr(student.config, key, None), getattr(teacher.config, key, None)) for key in NAMED_IDS]
+    unequal = [f"{key} is {ours} in the student, {theirs} in the teacher" for key, ours, theirs in named if ours != theirs]
+    return f"special ids: {'; '.join(unequal)}" if unequal else None
 
 
 def _ends(student: Source, teacher: Source) -> str | None:
@@ -218,7 +235,7 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
     """Run one of transformers' loaders; what goes wrong in it is about the folder or the hub, so it becomes a ModelError."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer raises a bare Exception, damaged weights one of safetensors' own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"can't load '{name}': {reason}\n"
