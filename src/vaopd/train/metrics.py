@@ -14,9 +14,12 @@ from vaopd.types import Group
 
 Metrics = dict[str, Any]
 
+# What a step without a rollout, or with scores that are not finite, has no numbers for.
+UNMEASURED: Metrics = dict.fromkeys(("loss", "kl", "va", "va_top10", "effective_rollouts", "grad_norm"))
+
 
 def rollout_metrics(rollouts: Sequence[Group], groups: Sequence[Group]) -> Metrics:
-    """What was generated (`rollouts`) and what of it is left to train on (`groups`)."""
+    """What was generated (`rollouts`) and what of it is left to train on (`groups`); everything else is None until it is measured."""
     lengths = [length for group in groups for length in group.lengths]
     ended = [ended for group in groups for ended in group.ended_K]
     return {
@@ -25,6 +28,7 @@ def rollout_metrics(rollouts: Sequence[Group], groups: Sequence[Group]) -> Metri
         "empty": sum(len(group.responses) for group in rollouts) - len(lengths),
         "skipped_prompts": len(rollouts) - len(groups),
         "nonfinite": 0,
+        **UNMEASURED,
     }
 
 

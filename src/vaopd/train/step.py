@@ -111,7 +111,7 @@ def drop_empty(groups: Sequence[Group]) -> list[Group]:
     kept = []
     for group in groups:
         whole = [index for index, response in enumerate(group.responses) if len(response)]
-        if len(whole) == len(group.responses):
+        if whole and len(whole) == len(group.responses):
             kept.append(group)
         elif whole:
             kept.append(Group(group.prompt, tuple(group.responses[i] for i in whole), tuple(group.ended_K[i] for i in whole)))
