@@ -126,7 +126,7 @@ def test_no_tensor_grows_with_n_times_v(divergence: str) -> None:
 
 def test_default_chunk_bounds_the_elements() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [head_module.default_chunk(v, cpu) for v in (600, 32768, 151936)] == [1024, 128, 64]
+    assert [head_module.default_chunk(v, cpu) for v in (600, 32768, 151936)] == [1024, 80, 40]
     assert [head_module.default_chunk(v, gpu) for v in (600, 32768, 151936)] == [8192, 2048, 441]
 
 

@@ -101,7 +101,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         )
     ],
     "normalizer ignored": [("fused.py", "self.c_N.to(hidden_NH.device, dtype) / self.normalizer", "self.c_N.to(dtype)")],
-    "upstream gradient ignored": [("fused.py", "g * grad_loss.to(g.dtype)", "g")],
+    "upstream gradient ignored": [("fused.py", "g.mul_(grad_loss)", "g")],
     "gradient without its coefficient": [("head.py", "(c_n * self.projection.scale)", "(torch.ones_like(c_n) * self.projection.scale)")],
     "gradient without the scale": [("head.py", "(c_n * self.projection.scale)", "c_n")],
     "gradient without the cap's slope": [("head.py", "grad_nV *= slope_nV", "pass")],

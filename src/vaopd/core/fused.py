@@ -84,6 +84,10 @@ class _Sweep:
 
     def run(self, hidden_NH: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """(loss, kl_N, gradients by hidden states, weight and bias); `needs` says which of the gradients to form."""
+        with no_autocast(hidden_NH):
+            return self._run(hidden_NH, needs)
+
+    def _run(self, hidden_NH: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         dtype = wide_dtype(hidden_NH, self.student_head.weight_VH, self.teacher_hidden_NG, self.teacher_head.weight_VH)
         student = Projection(self.student_head, self.vocab, hidden_NH, dtype)
         teacher = Projection(self.teacher_head, self.vocab, self.teacher_hidden_NG, dtype)
@@ -112,13 +116,18 @@ class _FusedDivergence(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, sweep: _Sweep, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
         hidden, weight, bias = (need and grad_enabled for need in ctx.needs_input_grad[:3])
-        with no_autocast(hidden_NH):
-            loss, kl_N, gradients = sweep.run(hidden_NH, (hidden, weight, bias))
-        ctx.save_for_backward(*gradients)
+        ctx.sweep, ctx.needs = sweep, (hidden, weight, bias)
+        loss, kl_N, ctx.gradients = sweep.run(hidden_NH, ctx.needs)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
         ctx.mark_non_differentiable(kl_N)
         return loss, kl_N
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_create_graph("fused_weighted_divergence")
-        return *(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors), None, None
+        # The first walk gives the buffers away, as a scaled copy would double the largest of them (V×H) at the peak of a step.
+        # A retained graph that is walked again computes them anew.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = ctx.sweep.run(ctx.saved_tensors[0], ctx.needs)[2]
+        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None
