@@ -68,24 +68,29 @@ def point(folder: Path, pointer: str, name: str) -> None:
 
 
 def named(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that a pointer names, None when there is none."""
+    """The checkpoint of this folder that a pointer names, None when there is none."""
     try:
-        return folder / json.loads((folder / pointer).read_text(encoding="utf-8"))["checkpoint"]
+        path = folder / json.loads((folder / pointer).read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return path if path in checkpoints(folder) else None
 
 
-def retain(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best."""
+def retain(folder: Path, keep: int, newest: Path) -> None:
+    """Delete what is older than `newest` and the `keep` - 1 before it, but the best.
+
+    Later ones don't count: after a fallback they are the damaged ones, which the run writes again when it gets there.
+    """
     best = named(folder, BEST)
-    for path in checkpoints(folder)[keep:]:
+    found = checkpoints(folder)
+    for path in found[found.index(newest) + keep :]:
         if path != best:
             shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, the newest first."""
-    return sorted(folder.glob("step_*"), reverse=True) if folder.is_dir() else []
+    return sorted(folder.glob("step_*"), key=lambda path: (len(path.name), path.name), reverse=True) if folder.is_dir() else []
 
 
 def load(path: Path) -> Checkpoint:

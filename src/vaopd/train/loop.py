@@ -147,7 +147,7 @@ def _save(run: Run, step: int) -> None:
     path = checkpoint.save(folder, step, run.student, run.tools.optimizer, run.state)
     if run.state["best"] and run.state["best"]["step"] == step:
         checkpoint.point(folder, checkpoint.BEST, path.name)
-    checkpoint.retain(folder, run.config.checkpoint.keep)
+    checkpoint.retain(folder, run.config.checkpoint.keep, path)
 
 
 def _finish(run: Run, progress: Progress) -> None:
