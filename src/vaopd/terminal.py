@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from vaopd.config import RunConfig, StudyConfig
 
@@ -36,12 +36,13 @@ def error(text: str) -> None:
 
 def _bars() -> Progress:
     return Progress(
-        TextColumn("{task.description:<14}"),
-        BarColumn(bar_width=24),
+        # Widths that fit a terminal of 80 columns.
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
         console=console,
     )
 
@@ -59,6 +60,7 @@ class TrainingView:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.bars = config, _bars()
+        self.last: Mapping[str, Any] | None = None  # training row
         self.accuracy: float | None = None
         self.task: TaskID | None = None
 
@@ -86,13 +88,14 @@ class TrainingView:
             self.task = self.bars.add_task("training", total=steps, rate="", text="", completed=row["step"])
         if row["kind"] == "eval":
             self.accuracy = row["accuracy"]
-            self.bars.update(self.task, completed=row["step"])
-            return
-        text = f"loss {_number(row.get('loss'), 3)}  VA {_number(row.get('va'), 3)}  held-out {_percent(self.accuracy)} %"
-        self.bars.update(self.task, completed=row["step"], rate=f"{row['seconds']:.1f} s/step", text=text)
+        else:
+            self.last = row
+        if self.last:
+            text = f"loss {_number(self.last['loss'], 3)} VA {_number(self.last['va'], 3)} held-out {_percent(self.accuracy)}"
+            self.bars.update(self.task, completed=row["step"], rate=f"{self.last['seconds']:.1f} s/step", text=text)
 
     def _on_final(self, model: str, done: int, of: int) -> None:
-        description = f"evaluate {model}"
+        description = f"test {model}" if model != "trained" else "test"
         found = [task for task in self.bars.tasks if task.description == description]
         task = found[0].id if found else self.bars.add_task(description, total=of, rate="", text="")
         self.bars.update(task, completed=done)

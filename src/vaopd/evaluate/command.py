@@ -57,7 +57,7 @@ def evaluate_folder(
         source,
         examples,
         Renderer(source.processor, degrade),
-        Sampling(max_tokens, temperature, 1.0, seed),
+        Sampling(max_tokens, temperature, 1.0, seed, bf16=device.type == "cuda"),
         k=k,
         teacher=scorer,
         deadband=DEADBAND,

@@ -31,6 +31,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    bf16: bool = False  # compute in bfloat16, as the training step does with that precision; the weights stay as they are
 
 
 class HFEngine:
@@ -69,7 +70,8 @@ class HFEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            return [group for batch in _batches(prompts, max(1, self.rows // k)) for group in self._decode(batch, k, step)]
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.sampling.bf16):
+                return [group for batch in _batches(prompts, max(1, self.rows // k)) for group in self._decode(batch, k, step)]
         finally:
             self.model.train(was_training)
 

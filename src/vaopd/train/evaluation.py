@@ -12,10 +12,9 @@ from vaopd.evaluate.held_out import SCORED_SIBLINGS, decoder, evaluate_model, sa
 from vaopd.evaluate.runner import Answers, answer, gain
 from vaopd.models.forward import rows
 from vaopd.models.load import load_model
-from vaopd.rollouts.hf import Sampling
 from vaopd.train.metrics import Metrics
 from vaopd.train.samples import Scored, score_groups, token_pieces
-from vaopd.train.setup import Run, weighting_of
+from vaopd.train.setup import Run, held_out_sampling, weighting_of
 from vaopd.types import Example, Group
 
 FINAL_NOISE = 1  # the final evaluation samples with other noise than those that chose the best checkpoint
@@ -25,8 +24,7 @@ def evaluate_step(run: Run, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
     """The metrics row of an evaluation, always with the same noise so that those of one run are paired, and its sample rows."""
     config = run.config
     asked = run.held_out[: config.eval.questions]
-    sampling = Sampling(config.rollouts.max_tokens, config.eval.temperature, 1.0, config.seed)
-    engine = sampler(run.student, run.source, sampling, rows=config.rollouts.rows)
+    engine = sampler(run.student, run.source, held_out_sampling(config, config.seed), rows=config.rollouts.rows)
     answers = answer(engine, [run.renderer(e) for e in asked], [e.answer for e in asked], decoder(run.source), k=config.eval.k)
     row: Metrics = {"kind": "eval", "step": step, "questions": len(asked), "k": config.eval.k, **answers.summary(), "va": None, "kl": None}
     if run.teacher is None:
@@ -53,7 +51,7 @@ def final_evaluation(run: Run, on_final: Callable[[str, int, int], None]) -> dic
             run.source,
             run.test,
             run.renderer,
-            final_sampling(run),
+            held_out_sampling(config, config.seed + FINAL_NOISE),
             k=config.eval.k,
             teacher=run.teacher,
             deadband=config.deadband,
@@ -61,11 +59,6 @@ def final_evaluation(run: Run, on_final: Callable[[str, int, int], None]) -> dic
             on_progress=lambda done, of, name=name: on_final(name, done, of),  # type: ignore[misc]
         )
     return summarise(entries, questions=len(run.test), k=config.eval.k)
-
-
-def final_sampling(run: Run) -> Sampling:
-    """How the final evaluation samples."""
-    return Sampling(run.config.rollouts.max_tokens, run.config.eval.temperature, 1.0, run.config.seed + FINAL_NOISE)
 
 
 def summarise(entries: dict[str, dict[str, Any]], *, questions: int, k: int) -> dict[str, Any]:

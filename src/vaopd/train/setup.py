@@ -131,6 +131,17 @@ def precision(config: RunConfig) -> str:
     return "no" if config.precision == "fp32" else "bf16"
 
 
+def training_sampling(config: RunConfig) -> Sampling:
+    """How rollouts are drawn for training."""
+    rollouts = config.rollouts
+    return Sampling(rollouts.max_tokens, rollouts.temperature, rollouts.top_p, config.seed, bf16=precision(config) == "bf16")
+
+
+def held_out_sampling(config: RunConfig, seed: int) -> Sampling:
+    """How an evaluation samples: from the whole distribution."""
+    return Sampling(config.rollouts.max_tokens, config.eval.temperature, 1.0, seed, bf16=precision(config) == "bf16")
+
+
 def _check_divergence(config: RunConfig) -> None:
     if config.loss != "nll":
         try:
@@ -143,9 +154,7 @@ def _engine(config: RunConfig, source: Source, student: Any, training: Sequence[
     if config.method.off_policy:
         responses = {example.id: renderer.encode_response(example.solution or "", example.id) for example in training}
         return GivenEngine(responses, max_tokens=config.rollouts.max_tokens)
-    rollouts = config.rollouts
-    sampling = Sampling(rollouts.max_tokens, rollouts.temperature, rollouts.top_p, config.seed)
-    return sampler(student, source, sampling, rows=rollouts.rows)
+    return sampler(student, source, training_sampling(config), rows=config.rollouts.rows)
 
 
 def _tools(

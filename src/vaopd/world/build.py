@@ -65,7 +65,7 @@ def world_pupils() -> Sequence[Pupil]:
 
     return (
         Pupil("teacher", LARGE, phases(1000, 1300), seed=0),
-        Pupil("student", SMALL, phases(1000, 600), seed=10),
+        Pupil("student", SMALL, phases(1200, 800), seed=10),
     )
 
 
