@@ -138,7 +138,7 @@ def write_data(folder: Path, *, train: int = 6, evaluate: int = 3) -> dict[str, 
     return paths
 
 
-def make_config(run: Path, pair: Pair, data: dict[str, str], **changes: Any) -> RunConfig:
+def make_config(run: Path, pair: Pair, data: dict[str, str], /, **changes: Any) -> RunConfig:
     """A run of a few steps of two prompts with three siblings; `changes` replace whole values or, as dictionaries, parts of them."""
     values: dict[str, Any] = {
         "run": str(run),

@@ -43,7 +43,7 @@ class RunFolder:
         """Drop the rows after `step`: a resumed run writes them again."""
         for file in (self.metrics, self.samples):
             if file.exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                kept = [line for line in _lines(file) if _step_of(line) <= step]
                 self.write_text(file.name, "".join(f"{line}\n" for line in kept))
 
     def append(self, file: Path, row: Mapping[str, Any]) -> None:
@@ -77,8 +77,12 @@ def read_rows(file: Path, keep: Callable[[Mapping[str, Any]], bool] = lambda row
     """The rows of a JSONL file; a torn last line (a kill while writing) is left out."""
     if not file.exists():
         return []
-    rows = (_parsed(line) for line in file.read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row is not None and keep(row)]
+    return [row for line in _lines(file) if (row := _parsed(line)) is not None and keep(row)]
+
+
+def _lines(file: Path) -> list[str]:
+    # Not splitlines(), which also splits at U+2028 and the like inside a text; a kill may have cut a character in two.
+    return file.read_text(encoding="utf-8", errors="replace").split("\n")
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -167,7 +167,7 @@ def _tools(
     prepared, optimizer = accelerator.prepare(loss, optimizer)
     return Tools(
         engine=engine,
-        teacher=teacher,
+        teacher=None if config.loss == "nll" else teacher,  # a recipe of sft may name one, for its evaluations
         student_loss=prepared,
         optimizer=optimizer,
         accelerator=accelerator,
