@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_ANSWER = re.compile(r"answer\s*(?:is|:|=)\s*(?:is\s+)?(.+)", re.IGNORECASE)
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?|[-+]?\.\d+")
+_ANSWER = re.compile(r"answer[\s*]*(?:is\b|[:=])(?:is\b|[\s:=*])*", re.IGNORECASE)
+# A comma stands between groups of three digits; `3,5` is no number.
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?|[-+]?\.\d+")
+_FRACTION = re.compile(r"(?<!\d)\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")  # not in 1\frac{1}{2}, which is 3/2
 _ARTICLES = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
 
 
@@ -24,9 +26,9 @@ def final_answer(response: str) -> str:
     boxed = _last_boxed(response)
     if boxed is not None:
         return _bare(boxed)
-    said = _ANSWER.findall(response)
+    said = list(_ANSWER.finditer(response))
     if said:
-        return _bare(_first_sentence(said[-1]))
+        return _bare(_first_sentence(response[said[-1].end() :]))
     numbers = _NUMBER.findall(response)
     return _bare(numbers[-1] if numbers else response)
 
@@ -50,9 +52,9 @@ def _first_sentence(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without surrounding space, quotes, dollar signs, a closing stop or an article."""
+    r"""Without surrounding space, quotes, dollar signs, a closing stop or an article; `\frac{1}{2}` as `1/2`."""
     text = text.strip().strip("$\"'`* ").rstrip(".").strip()
-    return " ".join(_ARTICLES.sub("", text).split())
+    return " ".join(_ARTICLES.sub("", _FRACTION.sub(r"\1/\2", text)).split())
 
 
 def _as_number(text: str) -> Fraction | None:
