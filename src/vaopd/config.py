@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
@@ -26,8 +26,11 @@ METHODS: dict[str, dict[str, Any]] = {
 OFF_POLICY = ("off_policy_kd", "sft")  # they learn from the data's solutions, not from the student's rollouts
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MethodConfig(_Strict):
@@ -56,7 +59,8 @@ class MethodConfig(_Strict):
                 raise ValueError(
                     f"method '{self.name}' has no number '{key}'.{did_you_mean(key, known)} It has: {', '.join(known) or 'none'}"
                 )
-            if isinstance(value, bool) or not isinstance(value, str if isinstance(known[key], str) else int | float):
+            kind = int | float if isinstance(known[key], float) else type(known[key])
+            if isinstance(value, bool) or not isinstance(value, kind):
                 raise ValueError(f"'{key}' of method '{self.name}' must be like {known[key]!r}, found {value!r}")
         return self
 
@@ -110,7 +114,7 @@ class OptimConfig(_Strict):
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     tokens_per_forward: int = Field(16384, ge=1, description="prompt and response tokens, with padding, of one micro-batch")
     train_vision: bool = True
@@ -236,16 +240,35 @@ def parse_config(values: dict[str, Any], *, where: str = "configuration") -> Run
 
 def _load(kind: type[_Config], path: Path, overrides: Sequence[str]) -> _Config:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _read_yaml(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no recipe at {path.absolute()}. Give the path of a YAML file, as in: vaopd train recipe.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # of the text's encoding, too
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, found {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
     return _parse(kind, values, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", node.value[place][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError, or ValueError for a value such as the date 2001-99-99."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def _parse(kind: type[_Config], values: dict[str, Any], where: str) -> _Config:
@@ -266,8 +289,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
             nested = values[parent] = {}
         values = nested
     try:
-        values[last] = _number(yaml.safe_load(text))
-    except yaml.YAMLError:
+        values[last] = _number(_read_yaml(text))
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"the value of override '{override}' is not valid YAML") from None
 
 
