@@ -78,10 +78,11 @@ def token_pieces(tokenizer: Any) -> Callable[[Tensor], list[str]]:
     def pieces(ids_T: Tensor) -> list[str]:
         found: list[str] = []
         waiting: list[int] = []
-        for index in ids_T.tolist():
+        for place, index in enumerate(ids_T.tolist(), 1):
             waiting.append(index)
             text = tokenizer.decode(waiting, skip_special_tokens=False)
-            unfinished = text.endswith("\ufffd") and len(waiting) < 4  # UTF-8 has at most four bytes
+            # UTF-8 has at most four bytes; a response cut inside a character shows what there is of it.
+            unfinished = text.endswith("\ufffd") and len(waiting) < 4 and place < len(ids_T)
             found.append("" if unfinished else text)
             waiting = waiting if unfinished else []
         return found
