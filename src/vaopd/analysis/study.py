@@ -32,7 +32,7 @@ class Job:
     """One process of a study."""
 
     name: str
-    command: list[str]
+    command: tuple[str, ...]
     log: Path
     result: Path  # there when the job is done
     metrics: Path | None = None  # of a training run
@@ -90,7 +90,7 @@ def _train_job(study: StudyConfig, name: str, config: RunConfig) -> Job:
     recipe.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     command = ["train", str(recipe), "--no-report"] + (["--resume"] if (config.run / "config.yaml").exists() else [])
     log = study.run / "logs" / f"{name}.log"
-    return Job(name, command, log, config.run / "eval.json", config.run / "metrics.jsonl", config.optim.steps or 0)
+    return Job(name, tuple(command), log, config.run / "eval.json", config.run / "metrics.jsonl", config.optim.steps or 0)
 
 
 def _baseline_jobs(study: StudyConfig, config: RunConfig) -> list[Job]:
@@ -105,7 +105,7 @@ def _evaluate_job(study: StudyConfig, config: RunConfig, name: str, model: str) 
     command += ["--max-tokens", str(config.rollouts.max_tokens), "--temperature", str(config.eval.temperature)]
     command += ["--rows", str(config.rollouts.rows), "--ratio", str(config.view.ratio), "--resolution", config.view.resolution]
     command += ["--teacher", config.teacher] if config.teacher else []
-    return Job(name, command, study.run / "logs" / f"{name}.log", out)
+    return Job(name, tuple(command), study.run / "logs" / f"{name}.log", out)
 
 
 def _run_all(jobs: Sequence[Job], workers: int, on_progress: Callable[[Mapping[Job, str]], None]) -> None:
