@@ -348,6 +348,28 @@ def test_a_kill_at_every_file_operation_of_a_save(
         shutil.rmtree(run)
 
 
+def test_a_kill_between_the_last_save_and_its_pointer_does_not_cost_the_best_weights(
+    recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, point = recipe(data={"eval": None}, optim={"steps": 2}, checkpoint={"every": 1}), checkpoint.point
+
+    def die_at_the_last(folder: Path, pointer: str, name: str) -> None:
+        if (pointer, name) == (checkpoint.BEST, "step_000002"):
+            raise Killed
+        point(folder, pointer, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "point", die_at_the_last)
+        with pytest.raises(Killed):
+            train(config)
+    best = checkpoint.named(config.run / "checkpoints", checkpoint.BEST)
+    assert best is not None
+    assert best.name == "step_000000"
+    train(config, resume=True)
+    exported, last = load_file(config.run / "model" / "model.safetensors"), tensors(config.run, 2)
+    assert all(torch.equal(exported[name], last[name]) for name in exported)
+
+
 @pytest.mark.parametrize("file", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST])
 def test_a_damaged_checkpoint_costs_one_interval(
     recipe: Callable[..., RunConfig], whole: Path, file: str, caplog: pytest.LogCaptureFixture
@@ -583,6 +605,20 @@ def test_a_random_weighting_draws_anew_at_every_step(recipe: Callable[..., RunCo
     other = recipe(method={"random_tokens": {"seed": 3}})
     assert len(seeds) == 50
     assert seeds.isdisjoint(weighting_of(other, step).seed for step in range(50))  # type: ignore[attr-defined]
+
+
+def test_a_step_is_given_its_own_weighting(recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[int, Any] = {}
+    step_of = loop.train_step
+
+    def recording(prompts: Any, step: int, weighting: Any, tools: Any) -> Any:
+        given[step] = weighting
+        return step_of(prompts, step, weighting, tools)
+
+    monkeypatch.setattr(loop, "train_step", recording)
+    config = recipe(method="random_tokens", data={"eval": None}, optim={"steps": 3})
+    train(config)
+    assert given == {step: weighting_of(config, step) for step in (1, 2, 3)}
 
 
 def test_a_question_that_is_trained_on_can_not_be_held_out(recipe: Callable[..., RunConfig], data: dict[str, str]) -> None:
