@@ -115,9 +115,7 @@ def study(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One run or study folder, or several runs to put side by side.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The page; default: report.html in the folder, comparison.html beside several.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the folder, comparison.html beside several.")] = None,
 ) -> None:
     """Write the HTML page of a run, a study, or several runs side by side."""
     _write_report(runs, out)

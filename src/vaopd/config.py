@@ -154,6 +154,7 @@ class RunConfig(_Strict):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    forward: Literal["auto", "rows"] = Field("auto", description="auto: siblings share their prompt where it pays; rows: the reference")
     trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     seed: int = Field(0, ge=0)
 

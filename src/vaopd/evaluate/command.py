@@ -12,8 +12,8 @@ from vaopd.config import ViewConfig
 from vaopd.data.render import Renderer
 from vaopd.data.sources import read_examples
 from vaopd.evaluate.held_out import evaluate_model
-from vaopd.models.forward import rows as rows_forward
 from vaopd.models.load import check_agreement, load_model, open_source
+from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.hf import Sampling
 from vaopd.teachers.local import LocalTeacher
 from vaopd.views import view
@@ -51,7 +51,7 @@ def evaluate_folder(
     scorer = None
     if teacher:
         scoring = loaded if teacher == model else load_model(teacher_source, dtype=dtype).to(device)
-        scorer = LocalTeacher(scoring, vocab_size=source.vocab_size, forward=rows_forward, tokens_per_forward=TOKENS_PER_FORWARD)
+        scorer = LocalTeacher(scoring, vocab_size=source.vocab_size, forward=Auto(), tokens_per_forward=TOKENS_PER_FORWARD)
     entry = evaluate_model(
         loaded,
         source,

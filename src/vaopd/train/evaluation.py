@@ -10,7 +10,6 @@ import torch
 from vaopd.data.images import decode
 from vaopd.evaluate.held_out import SCORED_SIBLINGS, decoder, evaluate_model, sampler
 from vaopd.evaluate.runner import Answers, answer, gain
-from vaopd.models.forward import rows
 from vaopd.models.load import load_model
 from vaopd.train.metrics import Metrics
 from vaopd.train.samples import Scored, score_groups, token_pieces
@@ -89,7 +88,7 @@ def _score(run: Run, groups: Sequence[Group], step: int) -> Scored:
         run.teacher,
         groups,
         vocab_size=run.source.vocab_size,
-        forward=rows,
+        forward=run.forward,
         tokens_per_forward=run.config.optim.tokens_per_forward,
         weighting=weighting_of(run.config, step),
         deadband=run.config.deadband,

@@ -19,13 +19,14 @@ from vaopd.errors import ConfigError, DataError
 from vaopd.evaluate.held_out import sampler
 from vaopd.models.forward import rows
 from vaopd.models.load import Source, check_agreement, load_model, open_source
+from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.given import GivenEngine
 from vaopd.rollouts.hf import Sampling
 from vaopd.teachers.local import LocalTeacher
 from vaopd.train.folder import RunFolder
 from vaopd.train.schedule import total_steps
 from vaopd.train.step import StudentLoss, Tools
-from vaopd.types import DEGRADED, ORIGINAL, Example, RolloutEngine
+from vaopd.types import DEGRADED, ORIGINAL, Example, ResponseForward, RolloutEngine
 from vaopd.views import view
 
 WEIGHTINGS: dict[str, Callable[..., core.Weighting]] = {
@@ -54,6 +55,7 @@ class Run:
     train: list[Example]
     held_out: list[Example]  # chooses the best checkpoint
     test: list[Example]  # the final evaluation
+    forward: ResponseForward
     tools: Tools
     steps: int
     # What a checkpoint has beside weights and optimiser: non-finite steps in a row, and the best evaluation so far.
@@ -75,10 +77,13 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
 
     accelerator = Accelerator(mixed_precision=precision(config))
     student = load_student(config, source, accelerator)
-    teacher = load_teacher(config, teacher_source, accelerator) if teacher_source else None
-    tools = _tools(config, accelerator, source, student, teacher, _engine(config, source, student, training, renderer))
+    forward: ResponseForward = rows if config.forward == "rows" else Auto()
+    teacher = load_teacher(config, teacher_source, forward, accelerator) if teacher_source else None
+    engine = _engine(config, source, student, training, renderer)
+    loss = StudentLoss(student, vocab_size=source.vocab_size, forward=forward, loss=config.loss)
+    tools = _tools(config, accelerator, loss, teacher, engine)
     steps = total_steps(config.optim, len(training))
-    return Run(config, RunFolder(config.run), source, student, teacher, renderer, training, held_out, test, tools, steps)
+    return Run(config, RunFolder(config.run), source, student, teacher, renderer, training, held_out, test, forward, tools, steps)
 
 
 def weighting_of(config: RunConfig, step: int) -> core.Weighting:
@@ -117,11 +122,11 @@ def load_student(config: RunConfig, source: Source, accelerator: Accelerator) ->
     return student
 
 
-def load_teacher(config: RunConfig, source: Source, accelerator: Accelerator) -> LocalTeacher:
+def load_teacher(config: RunConfig, source: Source, forward: ResponseForward, accelerator: Accelerator) -> LocalTeacher:
     """Frozen, in the precision of the computation."""
     dtype = torch.bfloat16 if precision(config) == "bf16" else torch.float32
     model = load_model(source, dtype=dtype).to(accelerator.device)
-    return LocalTeacher(model, vocab_size=source.vocab_size, forward=rows, tokens_per_forward=config.optim.tokens_per_forward)
+    return LocalTeacher(model, vocab_size=source.vocab_size, forward=forward, tokens_per_forward=config.optim.tokens_per_forward)
 
 
 def precision(config: RunConfig) -> str:
@@ -157,12 +162,9 @@ def _engine(config: RunConfig, source: Source, student: Any, training: Sequence[
     return sampler(student, source, training_sampling(config), rows=config.rollouts.rows)
 
 
-def _tools(
-    config: RunConfig, accelerator: Accelerator, source: Source, student: Any, teacher: LocalTeacher | None, engine: RolloutEngine
-) -> Tools:
+def _tools(config: RunConfig, accelerator: Accelerator, loss: StudentLoss, teacher: LocalTeacher | None, engine: RolloutEngine) -> Tools:
     optim = config.optim
-    loss = StudentLoss(student, vocab_size=source.vocab_size, forward=rows, loss=config.loss)
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
     prepared, optimizer = accelerator.prepare(loss, optimizer)
     return Tools(
