@@ -233,6 +233,13 @@ def test_pickled_weights_are_refused_unopened(teacher_folder: Path, tmp_path: Pa
     assert canary.exists(), "the canary works"
 
 
+def test_harmless_pickled_weights_are_refused_too(pair: Pair, teacher_folder: Path) -> None:
+    """No fallback to another loader, whatever is in the file."""
+    torch.save(pair.teacher.state_dict(), teacher_folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="can't load"):
+        load_model(open_source(str(teacher_folder)), dtype=torch.float32)
+
+
 def with_remote_code(folder: Path, canary: Path) -> None:
     """A module beside the configuration that touches the canary when it is imported, named wherever transformers looks for one."""
     (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).touch()\nclass Evil: pass\n")
