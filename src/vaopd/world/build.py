@@ -5,8 +5,8 @@ Teacher and student differ in size and in how long they learned to read, so the 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,11 +71,16 @@ def world_pupils() -> Sequence[Pupil]:
 
 def main() -> None:
     """Make the named models, by default all of them."""
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    pupils = {pupil.name: pupil for pupil in world_pupils()}
+    parser = argparse.ArgumentParser(description="Retrain the models of the built-in world from their seeds.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(pupils)}; default: all")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - pupils.keys():
+        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(pupils)}")
     processor = build_processor(draw.texts(), side=draw.SIDE, background=draw.BOARD)
-    for pupil in world_pupils():
-        if not names or pupil.name in names:
-            make(pupil, processor, folder)
+    for name in arguments.names or pupils:
+        make(pupils[name], processor, arguments.folder)
 
 
 if __name__ == "__main__":

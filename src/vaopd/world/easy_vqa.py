@@ -8,9 +8,9 @@ training pictures, the test rows from the test pictures.
 
 from __future__ import annotations
 
+import argparse
 import random
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -120,7 +120,9 @@ def pupils() -> Sequence[Pupil]:
 
 def main() -> None:
     """Write `FOLDER/data` and `FOLDER/models`, each unless it is there."""
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Convert easy-VQA to rows and train a teacher and a student for it.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
     if not (folder / "data" / "test.jsonl").exists():
         write_data(folder / "data")
     questions = read_questions("train")
