@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -204,5 +203,3 @@ def test_python_dash_m_works_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, "-m", "vaopd", "--help"], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
     assert done.returncode == 0
     assert "study" in done.stdout
-
-

@@ -125,6 +125,12 @@ def clip(text: object, limit: int) -> str:
     return plain if len(plain) <= limit else f"{plain[:limit]}… (+{len(plain) - limit:,} characters)"
 
 
+def one_line(text: str, limit: int) -> str:
+    """The text on one line, cut with an ellipsis where it is longer than `limit` characters."""
+    plain = visible(" ".join(text.split()))
+    return plain if len(plain) <= limit else f"{plain[: limit - 1]}…"
+
+
 def token_text(token: object) -> str:
     """A token as shown: controls visible, a newline marked and kept, an empty token (part of a character) as `∅`."""
     return visible(clip(token, TOKEN_CHARACTERS)).replace("\n", "↵\n").replace("\t", "⇥") or "∅"
@@ -260,7 +266,7 @@ def heat_map_svg(sample: Json, folder: Path, *, rollout: int = 0, title: str = "
     height = max(226, 140 + PITCH * rows)
     views = next((v for v in items(sample.get("images")) if isinstance(v, dict)), {})
     original, degraded = (embed(folder, views.get(key)) for key in ("original", "degraded"))
-    question = escape(visible(clip(str(sample.get("problem", "")).replace("<image>", "").strip(), 50)).replace("\n", " "))
+    question = escape(one_line(str(sample.get("problem", "")).replace("<image>", ""), 54))
     heading = escape(visible(title) or "Shade: how much likelier the teacher finds the token with the image")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
