@@ -64,6 +64,7 @@ class Phase:
     batch: int
     lr: float
     degraded: float = 0.0  # share of pictures shown pixelated, so that the model is calibrated when it cannot see
+    ratio: float = 0.1  # of the pixelation
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -172,10 +173,11 @@ def _batch(processor: ImageOnlyQwen3VLProcessor, lessons: Sequence[Lesson]) -> t
     return {"input_ids": ids, "attention_mask": inside.long(), "mm_token_type_ids": types, **images}, labels
 
 
-def _maybe_degraded(lesson: Lesson, share: float, rng: random.Random) -> Lesson:
-    if rng.random() >= share:
+def _draw(phase: Phase, rng: random.Random) -> Lesson:
+    lesson = phase.sample(rng)
+    if rng.random() >= phase.degraded:
         return lesson
-    return Lesson(pixelate(lesson.image), lesson.problem, lesson.response)
+    return Lesson(pixelate(lesson.image, phase.ratio), lesson.problem, lesson.response)
 
 
 def teach(
@@ -196,7 +198,7 @@ def teach(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
     for step in range(1, phase.steps + 1):
-        lessons = [_maybe_degraded(phase.sample(rng), phase.degraded, rng) for _ in range(phase.batch)]
+        lessons = [_draw(phase, rng) for _ in range(phase.batch)]
         inputs, labels = _batch(processor, lessons)
         keep = labels[:, 1:] != -100
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1][keep]
