@@ -44,7 +44,7 @@ def test_defaults_are_the_papers(path: Path) -> None:
     config = load_config(path)
     assert (config.method.name, config.loss) == ("va_opd", "reverse_kl")
     assert (config.rollouts.k, config.rollouts.temperature, config.rollouts.top_p) == (4, 0.7, 0.95)
-    assert (config.view.name, config.view.ratio, config.view.resolution) == ("pixelate", 0.1, "original")
+    assert (config.view.name, config.view.options) == ("pixelate", {"ratio": 0.1, "resolution": "original"})
     optim = config.optim
     assert (optim.lr, optim.betas, optim.weight_decay, optim.schedule, optim.warmup) == (1e-6, (0.9, 0.95), 0.1, "cosine", 0.05)
     assert (optim.prompts_per_step, optim.epochs, config.eval.k, config.eval.temperature) == (16, 5, 8, 1.0)
@@ -177,8 +177,8 @@ def test_an_override_that_is_wrong(path: Path, override: str, message: str) -> N
         ({"rollouts": {"k": 0}}, r"rollouts\.k"),
         ({"rollouts": {"top_p": 1.1}}, r"rollouts\.top_p"),
         ({"rollouts": {"temperature": 0}}, r"rollouts\.temperature"),
-        ({"view": {"ratio": 1}}, r"view\.ratio"),
-        ({"view": {"resolution": "small"}}, r"view\.resolution"),
+        ({"view": {"ratio": 1}}, r"view: .*ratio.*leaves an image as it is"),
+        ({"view": {"resolution": "small"}}, r"view: resolution must be one of"),
         ({"checkpoint": {"keep": 1}}, r"checkpoint\.keep"),
         ({"precision": "fp16"}, r"precision"),
         ({"trackers": ["wandb"]}, r"trackers"),

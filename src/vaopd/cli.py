@@ -6,15 +6,17 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vaopd import terminal
 from vaopd.config import ViewConfig, load_config, load_study
 from vaopd.errors import ConfigError, VaopdError, did_you_mean
+from vaopd.views import VIEWS
 
 app = typer.Typer(
     help="On-policy distillation of vision-language models with visual advantage.",
@@ -23,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.")]
+ViewName = Annotated[str, typer.Option("--view", help=f"How the image is degraded: {', '.join(VIEWS)}.")]
+ViewOptions = Annotated[
+    list[str] | None, typer.Option("--view-set", metavar="KEY=VALUE", help="An option of the view, as in ratio=0.2; may be repeated.")
+]
 
 
 def main() -> None:
@@ -68,16 +74,16 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 1.0,
     rows: Annotated[int, typer.Option(min=1, help="Responses decoded side by side.")] = 64,
-    ratio: Annotated[float, typer.Option(help="Of the pixelated view.")] = 0.1,
-    resolution: Annotated[str, typer.Option(help="What the ratio refers to: original, shown or lowest.")] = "original",
+    view: ViewName = "pixelate",
+    view_set: ViewOptions = None,
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
 ) -> None:
     """Measure avg@k with its standard error, and blind accuracy beside it."""
+    view_config = ViewConfig.from_options(view, view_set or [])
     from vaopd.evaluate.command import evaluate_folder
 
     _quiet()
-    view = ViewConfig(ratio=ratio, resolution=resolution)
     with terminal.counting("evaluating") as on_progress:
         result = evaluate_folder(
             model,
@@ -87,14 +93,80 @@ def evaluate(
             max_tokens=max_tokens,
             temperature=temperature,
             rows=rows,
-            view_config=view,
+            view_config=view_config,
             seed=seed,
             on_progress=on_progress,
         )
     terminal.show_models({model: result}, questions=result["questions"], k=k)
+    _write_json(result, out)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Folder, run folder, hub name or builtin:NAME.")],
+    teacher: Annotated[str, typer.Option(help="Scores the model's responses.")],
+    data: Annotated[Path, typer.Option(help="JSONL or Parquet with questions and images.")],
+    other: Annotated[list[str] | None, typer.Option(help="One more model that reads the same responses; may be repeated.")] = None,
+    views: Annotated[list[str] | None, typer.Option(help="A view to compare, or all; may be repeated.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="Samples per question.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 1.0,
+    rows: Annotated[int, typer.Option(min=1, help="Responses decoded side by side.")] = 64,
+    view: ViewName = "pixelate",
+    view_set: ViewOptions = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+) -> None:
+    """Measure where advantage and divergence sit in a model's answers, and what depends on the image (docs/probes.md)."""
+    view_config = ViewConfig.from_options(view, view_set or [])
+    from vaopd.analysis.probe_models import probe_folder
+    from vaopd.rollouts.hf import Sampling
+
+    _quiet()
+    sampling = Sampling(max_tokens, temperature, 1.0, seed)
+    with terminal.counting("probing") as on_progress:
+        result = probe_folder(
+            model,
+            data,
+            teacher=teacher,
+            others=other or [],
+            views=views or [],
+            view_config=view_config,
+            sampling=sampling,
+            k=k,
+            rows=rows,
+            on_progress=on_progress,
+        )
+    terminal.show_probe(result)
+    _write_json(result, out)
+
+
+@app.command()
+def inspect(
+    teacher: Annotated[str, typer.Option(help="Scores the answer: folder, hub name or builtin:NAME.")],
+    image: Annotated[list[Path], typer.Option(help="A picture; may be repeated.")],
+    question: Annotated[str, typer.Option(help="<image> marks where a picture goes; without marks they come first.")],
+    student: Annotated[str | None, typer.Option(help="Answers; default: the teacher itself.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 0.7,
+    view: ViewName = "pixelate",
+    view_set: ViewOptions = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
+) -> None:
+    """Show which tokens of an answer depend on the image."""
+    view_config = ViewConfig.from_options(view, view_set or [])
+    from vaopd.analysis.inspection import inspect_answer
+    from vaopd.rollouts.hf import Sampling
+
+    _quiet()
+    sampling = Sampling(max_tokens, temperature, 1.0, seed)
+    found = inspect_answer(question, image, teacher=teacher, student=student, view_config=view_config, sampling=sampling)
+    terminal.show_answer(found.sample)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        from vaopd.report.answer_page import write_answer
+
+        terminal.say(f"page: {write_answer(found.sample, found.pictures, out)}")
 
 
 @app.command()
@@ -119,6 +191,12 @@ def report(
 ) -> None:
     """Write the HTML page of a run, a study, or several runs side by side."""
     _write_report(runs, out)
+
+
+def _write_json(result: Mapping[str, Any], out: Path | None) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_report(runs: list[Path], out: Path | None) -> None:

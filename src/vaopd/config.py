@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from vaopd.errors import ConfigError, did_you_mean
+from vaopd.views import View, options_of, view
 
 # method -> its numbers with their defaults (method.md of the paper: tau = 1, lambda = 0.5, p_v = 0.2); the same names as the
 # weightings of vaopd.core
@@ -87,11 +89,48 @@ class DataConfig(_Strict):
 
 
 class ViewConfig(_Strict):
-    """How the image is degraded for the teacher's second view. `resolution`: what the ratio is relative to."""
+    """How the image is degraded for the teacher's second view. In YAML: `blur`, or `{name: blur, radius: 0.1}` (options: vaopd.views)."""
 
     name: str = "pixelate"
-    ratio: float = Field(0.1, gt=0, lt=1)
-    resolution: Literal["original", "shown", "lowest"] = "original"
+    options: dict[str, Any] = Field(default_factory=dict)  # all of the view's, filled in
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            return value
+        given = {str(key): option for key, option in value.items()}
+        name = given.pop("name", "pixelate")
+        try:
+            checked = {"name": name, "options": options_of(name, **given)}
+            degrade = view(name, **given)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        picture = Image.linear_gradient("L").convert("RGB")
+        if degrade(picture, shown_size=picture.size).tobytes() == picture.tobytes():
+            raise ValueError(f"{name} with {given} leaves an image as it is, so that no token depends on it")
+        return checked
+
+    @model_serializer
+    def _to_yaml(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+    def make(self) -> View:
+        """The view with its options filled in."""
+        return view(self.name, **self.options)
+
+    @classmethod
+    def from_options(cls, name: str, settings: Sequence[str] = ()) -> ViewConfig:
+        """A view from the command line: its name and `option=value` texts. Raises ConfigError."""
+        values: dict[str, Any] = {"name": name}
+        for setting in settings:
+            _apply(values, setting)
+        return _parse(cls, values, "--view")
+
+    def to_options(self) -> list[str]:
+        """The same as arguments of the command line."""
+        return ["--view", self.name, *(f"--view-set={key}={value}" for key, value in self.options.items())]
 
 
 class RolloutConfig(_Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from vaopd.config import RunConfig, StudyConfig
 
@@ -195,3 +196,50 @@ def _show_mass(curve: Mapping[str, list[float]] | None) -> None:
     if curve:
         share = min(zip(curve["tokens"], curve["mass"], strict=True), key=lambda pair: abs(pair[0] - 0.1))[1]
         say(f"the top 10 % of tokens hold {100 * share:.0f} % of the visual advantage")
+
+
+def show_probe(result: Mapping[str, Any]) -> None:
+    """What `vaopd probe` measured: where the tokens' divergence and advantage sit, and what depends on the image."""
+    say(f"{result['model']} scored by {result['teacher']}: {result['questions']} questions, {result['k']} samples each")
+    shares = {"top 20 % by advantage": result["visual"]}
+    shares |= {f"masked: {which} 10 %": share for which, share in result["masking"].items()}
+    shares |= {f"class: {name}": share for name, share in result["classes"].items()}
+    _show_rows(("share of all, %", "tokens", "KL", "VA"), {n: [_percent(s[c]) for c in ("tokens", "kl", "va")] for n, s in shares.items()})
+    nats = {"student's entropy": result["entropy"], "KL": result["kl"]}
+    nats |= {f"log p(image) - log p(degraded), {name}": means for name, means in result["fixed_responses"].items()}
+    columns = ("all", "visual", "other")
+    _show_rows(("mean, nats per token", *columns), {name: [_number(means[c], 3) for c in columns] for name, means in nats.items()})
+    if "views" in result:
+        views = {name: [_number(r["va"], 3), _percent(r["va_top10"]), _percent(r["same_tokens"])] for name, r in result["views"].items()}
+        _show_rows(("view", "mean VA", "in top 10 %", "same tokens %"), views)
+    seen = {name: _percent(value) for name, value in result["reliance"].items()}
+    say(f"accuracy   seeing {seen['seeing']}, image degraded {seen['degraded']}, image removed {seen['removed']}")
+    say(f"rollouts   {_number(result['effective_rollouts']['mean'], 2)} of {result['k']} really count under va_opd")
+    say(f"responses  {_number(result['tokens'], 1)} tokens, {_percent(result['repetition'])} % of their 4-grams repeated")
+    _show_mass(result["mass_curve"])
+
+
+def _show_rows(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
+    for name, cells in rows.items():
+        table.add_row(escape(name), *cells)
+    console.print(table)
+
+
+def show_answer(sample: Mapping[str, Any]) -> None:
+    """An answer with its tokens shaded by visual advantage, the scale in nats, and the most visual tokens for readers without colour."""
+    from vaopd.report.heat import level, nice_cap, read_tokens, readable, shades, ticks, token_text, visible
+    from vaopd.report.samples import visual_tokens
+
+    tokens = read_tokens(sample["rollouts"][0], 1)
+    cap = nice_cap(token.va for token in tokens if token.va is not None)
+    # The scale for dark pages: most terminals are, and there its faint end is faint. The faintest shades would only be noise.
+    styles = ["" if i < 2 else f"{readable(colour)} on {colour}" for i, colour in enumerate(shades("va", "dark"))]
+    say(f"question   {visible(sample['problem'])}")
+    say(f"answered by {visible(sample['student'])}, scored by {visible(sample['teacher'])}")
+    console.print(Text.assemble("\n", *((token_text(token.text), styles[level(token.va, cap)]) for token in tokens), "\n"))
+    console.print(Text.assemble("visual advantage, nats: ", *((f" {nats} ", styles[index]) for index, nats in ticks(cap))))
+    strongest = ", ".join(f"{text!r} {va:.2f}" for text, va in visual_tokens(tokens, most=8))
+    say(f"most visual: {strongest or 'no token depends on the image'}")

@@ -7,17 +7,20 @@ size of the input, so both views give the processor the same grid and the prompt
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import random
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, ImageFilter, ImageStat
 
 from vaopd.errors import ConfigError, did_you_mean
 
 Size = tuple[int, int]  # (width, height) in pixels
 
 RESOLUTIONS = ("original", "shown", "lowest")
+FINEST_PATCH = 0.01  # of the shorter side: 10,000 patches of a square image
 
 
 class View(Protocol):
@@ -67,9 +70,106 @@ def _reference_size(size: Size, resolution: str, shown_size: Size | None) -> Siz
     return min(size[0], shown_size[0]), min(size[1], shown_size[1])
 
 
+def blur(image: Image.Image, radius: float = 0.1, *, shown_size: Size | None = None) -> Image.Image:
+    """Gaussian blur; `radius` is its standard deviation relative to the shorter side, so large and small images lose alike.
+
+    Raises `ConfigError` for a radius outside (0, 1].
+    """
+    _require_share("blur", "radius", radius)
+    return image.convert("RGB").filter(ImageFilter.GaussianBlur(radius * min(image.size)))
+
+
+def grey(image: Image.Image, *, shown_size: Size | None = None) -> Image.Image:
+    """One colour everywhere, the image's own mean: brightness and tint stay, every shape is gone."""
+    rgb = image.convert("RGB")
+    red, green, blue = (round(mean) for mean in ImageStat.Stat(rgb).mean)
+    return Image.new("RGB", rgb.size, (red, green, blue))
+
+
+def black(image: Image.Image, *, shown_size: Size | None = None) -> Image.Image:
+    """Black everywhere: nothing of the image stays but its size."""
+    return Image.new("RGB", image.size)
+
+
+def noise(image: Image.Image, strength: float = 0.8, *, shown_size: Size | None = None) -> Image.Image:
+    """`(1 - strength) · image + strength · noise`, the noise uniform over 0..255 in each pixel and channel, seeded by the image's pixels.
+
+    Raises `ConfigError` for a strength outside (0, 1]; at 1 nothing of the image stays.
+    """
+    _require_share("noise", "strength", strength)
+    rgb = image.convert("RGB")
+    drawn = _generator(rgb).randbytes(3 * rgb.width * rgb.height)
+    return Image.blend(rgb, Image.frombytes("RGB", rgb.size, drawn), strength)
+
+
+def patch_shuffle(image: Image.Image, side: float = 0.125, *, shown_size: Size | None = None) -> Image.Image:
+    """Square patches trade places, in an order seeded by the image's pixels: details stay readable, their arrangement is lost.
+
+    `side` is a patch's side relative to the image's shorter one, at least one pixel. What is left over at the right and the lower edge
+    stays where it is. Raises `ConfigError` for a side outside [0.01, 1].
+    """
+    _require_share("patch_shuffle", "side", side, least=FINEST_PATCH)
+    rgb = image.convert("RGB")
+    step = max(1, int(side * min(rgb.size)))
+    places = [(x, y) for y in range(0, rgb.height - step + 1, step) for x in range(0, rgb.width - step + 1, step)]
+    order = list(places)
+    _generator(rgb).shuffle(order)
+    out = rgb.copy()
+    for (x, y), place in zip(order, places, strict=True):
+        out.paste(rgb.crop((x, y, x + step, y + step)), place)
+    return out
+
+
+def crop(image: Image.Image, share: float = 0.5, *, shown_size: Size | None = None) -> Image.Image:
+    """The centre, `share` of each side, enlarged back to the whole size (bilinear): what lies around it is lost.
+
+    Raises `ConfigError` for a share outside (0, 1].
+    """
+    _require_share("crop", "share", share)
+    rgb = image.convert("RGB")
+    width, height = (max(1, int(share * side)) for side in rgb.size)
+    left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+    # Cropped first: a resize of a box also mixes in the pixels around it.
+    return rgb.crop((left, top, left + width, top + height)).resize(rgb.size, Image.Resampling.BILINEAR)
+
+
+def _require_share(view_name: str, option: str, value: float, *, least: float = 0.0) -> None:
+    if isinstance(value, bool) or not (0 < value <= 1 and value >= least):
+        low = f"at least {least}" if least else "above 0"
+        raise ConfigError(f"{view_name}: {option} must be {low} and at most 1, got {value}.")
+
+
+def _generator(rgb: Image.Image) -> random.Random:
+    """Seeded by size and pixels: a picture gets the same view in every run and process, and two pictures get different ones."""
+    content = f"{rgb.width} {rgb.height}\n".encode() + rgb.tobytes()
+    return random.Random(int.from_bytes(hashlib.sha256(content).digest(), "big"))
+
+
 VIEWS: dict[str, Callable[..., Image.Image]] = {
     "pixelate": pixelate,
+    "blur": blur,
+    "patch_shuffle": patch_shuffle,
+    "crop": crop,
+    "noise": noise,
+    "grey": grey,
+    "black": black,
 }
+
+
+def options_of(name: str, **given: object) -> dict[str, Any]:
+    """All options of the named view: its defaults, replaced by the given ones.
+
+    Raises `ConfigError` for an unknown name or an unknown option.
+    """
+    if not isinstance(name, str) or name not in VIEWS:
+        raise ConfigError(f"unknown view {name!r}; known: {', '.join(VIEWS)}.{did_you_mean(str(name), VIEWS)}")
+    parameters = inspect.signature(VIEWS[name]).parameters.values()
+    known = {option.name: option.default for option in parameters if option.name not in ("image", "shown_size")}
+    for option in given:
+        if option not in known:
+            has = f"it has: {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"view {name!r} has no option {option!r}; {has}.{did_you_mean(option, known)}")
+    return known | given
 
 
 def view(name: str = "pixelate", **options: object) -> View:
@@ -77,13 +177,8 @@ def view(name: str = "pixelate", **options: object) -> View:
 
     Raises `ConfigError` for an unknown name, an unknown option, or a value that the view refuses.
     """
-    if name not in VIEWS:
-        raise ConfigError(f"unknown view {name!r}; known: {', '.join(VIEWS)}.{did_you_mean(name, VIEWS)}")
-    known = [option for option in inspect.signature(VIEWS[name]).parameters if option not in ("image", "shown_size")]
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"view {name!r} has no option {option!r}; it has: {', '.join(known)}.{did_you_mean(option, known)}")
-    filled: View = functools.partial(VIEWS[name], **options)
+    filled_options = options_of(name, **options)
+    filled: View = functools.partial(VIEWS[name], **filled_options)
     try:
         filled(Image.new("RGB", (2, 2)), shown_size=(2, 2))
     except TypeError as error:

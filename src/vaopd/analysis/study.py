@@ -103,7 +103,7 @@ def _evaluate_job(study: StudyConfig, config: RunConfig, name: str, model: str) 
     out = study.run / BASELINES / f"{name}.json"
     command = ["evaluate", model, "--data", str(config.data.test or config.data.eval), "--k", str(config.eval.k), "--out", str(out)]
     command += ["--max-tokens", str(config.rollouts.max_tokens), "--temperature", str(config.eval.temperature)]
-    command += ["--rows", str(config.rollouts.rows), "--ratio", str(config.view.ratio), "--resolution", config.view.resolution]
+    command += ["--rows", str(config.rollouts.rows), *config.view.to_options()]
     command += ["--teacher", config.teacher] if config.teacher else []
     return Job(name, tuple(command), study.run / "logs" / f"{name}.log", out)
 

@@ -16,7 +16,6 @@ from vaopd.models.load import check_agreement, load_model, open_source
 from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.hf import Sampling
 from vaopd.teachers.local import LocalTeacher
-from vaopd.views import view
 
 DEADBAND = 1e-4  # nats; the default of a recipe
 TOKENS_PER_FORWARD = 16384
@@ -40,7 +39,6 @@ def evaluate_folder(
     Raises:
         ModelError, DataError, ConfigError: something can't be loaded, or model and teacher don't agree.
     """
-    degrade = view(view_config.name, ratio=view_config.ratio, resolution=view_config.resolution)
     source = open_source(model)
     if teacher:
         check_agreement(source, teacher_source := open_source(teacher))
@@ -56,7 +54,7 @@ def evaluate_folder(
         loaded,
         source,
         examples,
-        Renderer(source.processor, degrade),
+        Renderer(source.processor, view_config.make()),
         Sampling(max_tokens, temperature, 1.0, seed, bf16=device.type == "cuda"),
         k=k,
         teacher=scorer,

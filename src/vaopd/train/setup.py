@@ -27,7 +27,6 @@ from vaopd.train.folder import RunFolder
 from vaopd.train.schedule import total_steps
 from vaopd.train.step import StudentLoss, Tools
 from vaopd.types import DEGRADED, ORIGINAL, Example, ResponseForward, RolloutEngine
-from vaopd.views import view
 
 WEIGHTINGS: dict[str, Callable[..., core.Weighting]] = {
     "va_opd": core.VAOPD,
@@ -66,7 +65,7 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     """All gates, then the models. Raises ConfigError, ModelError or DataError before any weight is loaded."""
     weighting_of(config, 0)
     _check_divergence(config)
-    degrade = view(config.view.name, ratio=config.view.ratio, resolution=config.view.resolution)
+    degrade = config.view.make()
     source = open_source(config.student)
     teacher_source = open_source(config.teacher) if config.teacher else None
     if teacher_source:

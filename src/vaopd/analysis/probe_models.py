@@ -1,0 +1,228 @@
+"""`vaopd probe`: all probes of a student and a teacher on held-out questions, from one set of sampled responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaopd.analysis.probes import by_class, effective, masking, next_token_entropy, reliance, repetition, share_of, split_mean
+from vaopd.analysis.view_table import QUESTIONS_AT_ONCE, view_table
+from vaopd.config import ViewConfig
+from vaopd.core import VAOPD, fused_weighted_divergence, visual_advantage, visual_tokens
+from vaopd.data.render import Renderer
+from vaopd.data.sources import read_examples
+from vaopd.errors import ConfigError, DataError, did_you_mean
+from vaopd.evaluate.command import DEADBAND, TOKENS_PER_FORWARD
+from vaopd.evaluate.held_out import decoder, sampler
+from vaopd.evaluate.runner import Answers, advantage_summary, answer, mass_curve
+from vaopd.models.load import Source, check_agreement, load_model, open_source
+from vaopd.models.shared_prompt import Auto
+from vaopd.rollouts.hf import Sampling
+from vaopd.teachers.local import LocalTeacher
+from vaopd.train.samples import token_pieces
+from vaopd.train.step import drop_empty, layout
+from vaopd.types import DEGRADED, ORIGINAL, Example, Group
+from vaopd.views import VIEWS
+
+CONDITIONS = ("seeing", "blind_degraded", "blind_removed")
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A frozen model that can be sampled from and that scores responses."""
+
+    name: str
+    source: Source
+    scorer: LocalTeacher
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self.scorer.model
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the models say about every token of the same N responses, on the CPU."""
+
+    a_N: Tensor  # visual advantage, nats: eq. 2
+    kl_N: Tensor  # KL(student ‖ teacher), nats
+    entropy_N: Tensor  # of the student's next token, nats
+    gap_N: dict[str, Tensor]  # model -> log p(y_t | v) - log p(y_t | ṽ), nats, signed
+
+
+def load(names: Sequence[str]) -> list[Loaded]:
+    """The models, each once; the first is the student, and all others must agree with it. A run folder stands for its `model/`.
+
+    Raises:
+        ModelError: one can't be loaded, or does not agree with the first.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sources = {name: open_source(str(Path(name) / "model") if (Path(name) / "model").is_dir() else name) for name in names}
+    for source in sources.values():
+        check_agreement(sources[names[0]], source)
+    loaded = {}
+    for name, source in sources.items():
+        model = load_model(source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+        scorer = LocalTeacher(model, vocab_size=source.vocab_size, forward=Auto(), tokens_per_forward=TOKENS_PER_FORWARD)
+        loaded[name] = Loaded(name, source, scorer)
+    return [loaded[name] for name in names]
+
+
+def probe(
+    student: Loaded,
+    teacher: Loaded,
+    examples: Sequence[Example],
+    *,
+    view_config: ViewConfig,
+    sampling: Sampling,
+    k: int = 4,
+    rows: int = 64,
+    deadband: float = DEADBAND,
+    others: Sequence[Loaded] = (),
+    views: Sequence[str] = (),
+    on_progress: OnProgress = lambda done, of: None,
+) -> dict[str, Any]:
+    """All probes on the student's K responses to every question that has a picture.
+
+    Args:
+        others: more models, for instance other checkpoints, whose reading of the same responses is compared.
+        views: names of views to put side by side; none: no such table.
+
+    Returns:
+        the JSON that docs/probes.md describes.
+
+    Raises:
+        DataError: no question has a picture, or the student gives no response with a token.
+    """
+    asked = [example for example in examples if example.images]
+    if not asked:
+        raise DataError("no question has a picture, so nothing can depend on one. Give data with images")
+    graded = all(example.answer is not None for example in asked)
+    conditions = CONDITIONS if graded else CONDITIONS[:1]
+    parts = len(conditions) + 1 + bool(views)
+    renderer = Renderer(student.source.processor, view_config.make())
+    answers = {}
+    for condition in conditions:
+        answers[condition] = _ask(student, asked, renderer, condition, sampling, k, rows)
+        on_progress(len(answers), parts)
+    groups = drop_empty(answers["seeing"].groups)
+    if not groups:
+        raise DataError("the student's responses are all empty, so there is no token to probe")
+    measured = measure(student, teacher, others, groups, deadband)
+    on_progress(len(answers) + 1, parts)
+    result = {
+        "model": student.name,
+        "teacher": teacher.name,
+        "view": view_config.model_dump(mode="json"),
+        "questions": len(asked),
+        "k": k,
+        "reliance": reliance(_accuracies(answers)),
+        **summarise(measured, groups, token_pieces(student.source.processor.tokenizer)),
+    }
+    if views:
+        chosen = {name: view_config.make() if name == view_config.name else ViewConfig.from_options(name).make() for name in views}
+        result["views"] = view_table(teacher.scorer, student.source.processor, asked, groups, chosen, measured.a_N, deadband)
+        on_progress(parts, parts)
+    return result
+
+
+@torch.no_grad()
+def measure(student: Loaded, teacher: Loaded, others: Sequence[Loaded], groups: Sequence[Group], deadband: float) -> Measured:
+    """Every model's scores of the same responses, a few questions at a time."""
+    models = {loaded.name: loaded for loaded in (student, teacher, *others)}
+    a, kl, entropy, gaps = [], [], [], {name: [] for name in models}  # type: ignore[var-annotated]
+    for start in range(0, len(groups), QUESTIONS_AT_ONCE):
+        batch, hidden = groups[start : start + QUESTIONS_AT_ONCE], {}
+        for name, loaded in models.items():
+            scores = loaded.scorer.score(batch, (ORIGINAL, DEGRADED))
+            original_N, degraded_N = (torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED))
+            gaps[name].append((original_N - degraded_N).cpu())
+            if loaded is teacher:
+                a.append(visual_advantage(original_N, degraded_N, deadband=deadband).cpu())
+            if name in (student.name, teacher.name):
+                hidden[name] = torch.cat([score.hidden_NG for score in scores])
+        own_NH, head = hidden[student.name], student.scorer.head
+        nothing_N = torch.zeros(len(own_NH), device=own_NH.device)
+        kl.append(fused_weighted_divergence(own_NH, head, hidden[teacher.name], teacher.scorer.head, nothing_N)[1].cpu())
+        entropy.append(next_token_entropy(own_NH, head).cpu())
+    return Measured(torch.cat(a), torch.cat(kl), torch.cat(entropy), {name: torch.cat(parts) for name, parts in gaps.items()})
+
+
+def summarise(measured: Measured, groups: Sequence[Group], pieces: Callable[[Tensor], list[str]]) -> dict[str, Any]:
+    """The token probes of docs/probes.md from what was measured on these responses."""
+    rollout_N, group_R = layout(groups)
+    a_N, kl_N = measured.a_N, measured.kl_N
+    is_visual_N = visual_tokens(a_N, rollout_N)
+    responses = [response for group in groups for response in group.responses]
+    ended = [ended for group in groups for ended in group.ended_K]
+    texts = [text for response in responses for text in pieces(response)]
+    return {
+        "tokens": len(a_N) / len(responses),
+        "truncated": 1 - sum(ended) / len(ended),
+        "repetition": sum(map(repetition, responses)) / len(responses),
+        "effective_rollouts": effective(a_N, rollout_N, group_R, VAOPD()),
+        "entropy": split_mean(measured.entropy_N, is_visual_N),
+        "kl": split_mean(kl_N, is_visual_N),
+        **advantage_summary(a_N),
+        "mass_curve": mass_curve(a_N),
+        "visual": share_of(is_visual_N, kl=kl_N, va=a_N),
+        "masking": masking(a_N, kl_N, rollout_N, group_R),
+        "classes": by_class(texts, kl=kl_N, va=a_N),
+        "fixed_responses": {name: split_mean(gap_N, is_visual_N) for name, gap_N in measured.gap_N.items()},
+    }
+
+
+def probe_folder(
+    model: str,
+    data: Path,
+    *,
+    teacher: str,
+    others: Sequence[str],
+    views: Sequence[str],
+    view_config: ViewConfig,
+    sampling: Sampling,
+    k: int,
+    rows: int,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """What `vaopd probe` does: names of models and a data file in, the probes out.
+
+    Raises:
+        ConfigError: an unknown view.
+        ModelError, DataError: something can't be loaded, or the models don't agree.
+    """
+    names = _view_names(views)
+    examples = read_examples(data)
+    loaded = load([model, teacher, *others])
+    options: dict[str, Any] = {"view_config": view_config, "sampling": sampling, "k": k, "rows": rows, "on_progress": on_progress}
+    return probe(loaded[0], loaded[1], examples, others=loaded[2:], views=names, **options)
+
+
+def _view_names(views: Sequence[str]) -> list[str]:
+    if "all" in views:
+        return list(VIEWS)
+    for name in views:
+        if name not in VIEWS:
+            raise ConfigError(f"unknown view '{name}'.{did_you_mean(name, VIEWS)} Known: all, {', '.join(VIEWS)}")
+    return list(views)
+
+
+def _ask(
+    student: Loaded, examples: Sequence[Example], renderer: Renderer, condition: str, sampling: Sampling, k: int, rows: int
+) -> Answers:
+    prompts = [renderer.without_images(e) if condition == "blind_removed" else renderer(e) for e in examples]
+    view = DEGRADED if condition == "blind_degraded" else ORIGINAL
+    engine = sampler(student.model, student.source, sampling, view=view, rows=rows)
+    return answer(engine, prompts, [example.answer for example in examples], decoder(student.source), k=k)
+
+
+def _accuracies(answers: dict[str, Answers]) -> dict[str, float | None]:
+    graded = {name: a.summary()["accuracy"] for name, a in answers.items()}
+    return {"accuracy": graded.pop("seeing"), **graded}
