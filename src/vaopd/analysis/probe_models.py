@@ -133,26 +133,32 @@ def probe(
     return result
 
 
-@torch.no_grad()
 def measure(student: Loaded, teacher: Loaded, others: Sequence[Loaded], groups: Sequence[Group], deadband: float) -> Measured:
     """Every model's scores of the same responses, a few questions at a time."""
-    models = {loaded.name: loaded for loaded in (student, teacher, *others)}
-    a, kl, entropy, gaps = [], [], [], {name: [] for name in models}  # type: ignore[var-annotated]
-    for start in range(0, len(groups), QUESTIONS_AT_ONCE):
-        batch, hidden = groups[start : start + QUESTIONS_AT_ONCE], {}
-        for name, loaded in models.items():
-            scores = loaded.scorer.score(batch, (ORIGINAL, DEGRADED))
-            original_N, degraded_N = (torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED))
-            gaps[name].append((original_N - degraded_N).cpu())
-            if loaded is teacher:
-                a.append(visual_advantage(original_N, degraded_N, deadband=deadband).cpu())
-            if name in (student.name, teacher.name):
-                hidden[name] = torch.cat([score.hidden_NG for score in scores])
-        own_NH, head = hidden[student.name], student.scorer.head
-        nothing_N = torch.zeros(len(own_NH), device=own_NH.device)
-        kl.append(fused_weighted_divergence(own_NH, head, hidden[teacher.name], teacher.scorer.head, nothing_N)[1].cpu())
-        entropy.append(next_token_entropy(own_NH, head).cpu())
-    return Measured(torch.cat(a), torch.cat(kl), torch.cat(entropy), {name: torch.cat(parts) for name, parts in gaps.items()})
+    starts = range(0, len(groups), QUESTIONS_AT_ONCE)
+    parts = [_measure(student, teacher, others, groups[start : start + QUESTIONS_AT_ONCE], deadband) for start in starts]
+    gap_N = {name: torch.cat([part.gap_N[name] for part in parts]) for name in parts[0].gap_N}
+    return Measured(torch.cat([p.a_N for p in parts]), torch.cat([p.kl_N for p in parts]), torch.cat([p.entropy_N for p in parts]), gap_N)
+
+
+@torch.no_grad()
+def _measure(student: Loaded, teacher: Loaded, others: Sequence[Loaded], groups: Sequence[Group], deadband: float) -> Measured:
+    own_NH, own_logp = _scores(student, groups)
+    teacher_NG, teacher_logp = (own_NH, own_logp) if teacher is student else _scores(teacher, groups)
+    logp = {student.name: own_logp, teacher.name: teacher_logp}
+    logp |= {other.name: _scores(other, groups)[1] for other in others if other.name not in logp}
+    a_N = visual_advantage(teacher_logp[ORIGINAL], teacher_logp[DEGRADED], deadband=deadband)
+    no_weight_N = torch.zeros(len(own_NH), device=own_NH.device)
+    _, kl_N = fused_weighted_divergence(own_NH, student.scorer.head, teacher_NG, teacher.scorer.head, no_weight_N)
+    gap_N = {name: (by_view[ORIGINAL] - by_view[DEGRADED]).cpu() for name, by_view in logp.items()}
+    return Measured(a_N.cpu(), kl_N.cpu(), next_token_entropy(own_NH, student.scorer.head).cpu(), gap_N)
+
+
+def _scores(loaded: Loaded, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(N, H) states under the original view, and per view (N,) log-probabilities."""
+    scores = loaded.scorer.score(groups, (ORIGINAL, DEGRADED))
+    logp_N = {view: torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED)}
+    return torch.cat([score.hidden_NG for score in scores]), logp_N
 
 
 def summarise(measured: Measured, groups: Sequence[Group], pieces: Callable[[Tensor], list[str]]) -> dict[str, Any]:

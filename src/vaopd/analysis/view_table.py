@@ -49,9 +49,10 @@ def view_table(
         20 % of each response's tokens that the reference puts there too); None where there is no advantage at all.
     """
     by_id = {example.id: example for example in examples}
+    renderers = {name: Renderer(processor, degrade) for name, degrade in views.items()}
     advantages: dict[str, list[Tensor]] = {name: [] for name in views}
     for start in range(0, len(groups), QUESTIONS_AT_ONCE):
-        batch = [_with_views(group, by_id[group.prompt.id], processor, views) for group in groups[start : start + QUESTIONS_AT_ONCE]]
+        batch = [_with_views(group, by_id[group.prompt.id], renderers) for group in groups[start : start + QUESTIONS_AT_ONCE]]
         scores = teacher.score(batch, (ORIGINAL, *views))
         logp_N = {name: torch.cat([score.logp_N[name] for score in scores]) for name in (ORIGINAL, *views)}
         for name in views:
@@ -67,10 +68,10 @@ def _row(a_N: Tensor, reference_visual_N: Tensor, rollout_N: Tensor) -> dict[str
     return {**advantage_summary(a_N), "same_tokens": same}
 
 
-def _with_views(group: Group, example: Example, processor: Any, views: Mapping[str, View]) -> Group:
+def _with_views(group: Group, example: Example, renderers: Mapping[str, Renderer]) -> Group:
     """The group with its prompt's images under every view, by the view's name."""
-    prompts = {name: Renderer(processor, degrade)(example) for name, degrade in views.items()}
-    images = {ORIGINAL: group.prompt.images[ORIGINAL]} | {name: prompt.images[DEGRADED] for name, prompt in prompts.items()}
+    degraded = {name: renderer(example, [DEGRADED]).images[DEGRADED] for name, renderer in renderers.items()}
+    images = {ORIGINAL: group.prompt.images[ORIGINAL], **degraded}
     return Group(Prompt(example.id, group.prompt.ids_P, images), group.responses, group.ended_K)
 
 
