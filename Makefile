@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Several of torch's threads on a busy machine wait for one another by spinning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo easy-vqa test test-slow check format models clean
+.PHONY: demo easy-vqa bench test test-slow check format models clean
 
 demo: .venv/ready  ## OPD and VA-OPD on the built-in world, evaluation and report: runs/demo/report.html
 	$(BIN)/vaopd study demo
@@ -12,6 +12,9 @@ demo: .venv/ready  ## OPD and VA-OPD on the built-in world, evaluation and repor
 easy-vqa: .venv/ready  ## the same on published data: makes its models first, runs/easy-vqa/report.html
 	$(BIN)/python -m vaopd.world.easy_vqa runs/easy-vqa
 	$(BIN)/vaopd study easy_vqa
+
+bench: .venv/bench-ready  ## time, memory and work against row by row, TRL and Liger (about ten minutes): runs/bench.json
+	$(BIN)/vaopd bench --json runs/bench.json --details runs/bench_details.json
 
 test: .venv/ready  ## everything but the slow tests, on all cores
 	$(BIN)/pytest -n auto -m "not slow"
@@ -34,6 +37,10 @@ models: .venv/ready  ## retrain the models of the built-in world from their seed
 .venv/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt --editable '.[dev,easy-vqa]'
+	touch $@
+
+.venv/bench-ready: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt --editable '.[bench]'
 	touch $@
 
 clean:

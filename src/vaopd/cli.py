@@ -199,6 +199,23 @@ def _write_json(result: Mapping[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+@app.command()
+def bench(
+    p: Annotated[int | None, typer.Option("--p", help="Prompt tokens, image tokens included.")] = None,
+    t: Annotated[int | None, typer.Option("--t", help="Response tokens.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Siblings per prompt.")] = None,
+    v: Annotated[int | None, typer.Option("--v", help="Vocabulary of the models and of the loss.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds in which the variants take turns.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the ratios as JSON.")] = None,
+    details: Annotated[Path | None, typer.Option(help="Write hardware, versions and every round as JSON.")] = None,
+) -> None:
+    """Measure what a step, a loss, a rollout and a whole training step cost, as ratios of one run."""
+    _quiet()
+    from vaopd.bench.command import bench as run
+
+    run(p=p, t=t, k=k, v=v, rounds=rounds, json_file=json_file, details=details, console=terminal.console)
+
+
 def _write_report(runs: list[Path], out: Path | None) -> None:
     from vaopd.report import write_report
 
