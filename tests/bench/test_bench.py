@@ -281,9 +281,9 @@ def test_the_command_writes_what_was_asked_for(results: Results, tmp_path: Path,
 
 @pytest.mark.skipif(not trainer.installed(), reason="TRL is not installed")
 def test_trl_trains_on_the_same() -> None:
-    found = trainer.measure_trainers(replace(PLAN, shapes=(Shape(80, 4, 2),)))
+    found = trainer.measure_trainers(replace(PLAN, shapes=(Shape(100, 4, 2),)))
     assert found is not None
-    assert found.shape == Shape(80, 4, 2)
+    assert found.shape == Shape(100, 4, 2)
     assert {len(times.seconds) for times in found.times.values()} == {PLAN.rounds}
 
 
