@@ -21,7 +21,7 @@ from vaopd.bench.results import Results, bars, to_json
 from vaopd.bench.rollout import engine_rollouts, generate_rollouts
 from vaopd.bench.run import make_plan, run_bench, write_details, write_json
 from vaopd.bench.shapes import Plan, Setting, Shape, Size, build_model, make_group, make_models, make_prompt, model_config
-from vaopd.bench.step import BOTH_VIEWS, ONE_VIEW, gradient_error, package_step, scaling_formula
+from vaopd.bench.step import BOTH_VIEWS, ONE_VIEW, arithmetic_ratio, gradient_error, package_step, scaling_formula
 from vaopd.bench.timing import Ratio, Times, over, take_turns
 from vaopd.bench.work import Work, counted, rows_work, shared_work
 from vaopd.errors import ConfigError
@@ -132,6 +132,11 @@ def test_rollouts_have_one_length_and_no_control_ids() -> None:
 
 def test_scaling_formula_by_hand() -> None:
     assert scaling_formula(Shape(100, 50, 4)) == pytest.approx(500 / 150)
+
+
+def test_arithmetic_is_that_of_the_formula(setting: Setting) -> None:
+    """Three siblings of a prompt of 20: less than the 2/1 of two views, more than the share of tokens that is left."""
+    assert 35 / 84 < arithmetic_ratio(setting) < 2
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

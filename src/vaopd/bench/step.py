@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vaopd.bench.baseline import DEADBAND, baseline_step, row_by_row
+from vaopd.bench.flops import rows_load, shared_load, step_flops
 from vaopd.bench.shapes import Plan, Setting, Shape, make_group, make_models
 from vaopd.bench.timing import Ratio, Times, over, take_turns
 from vaopd.core import OPD, VAOPD, token_coefficients, token_divergence
@@ -31,6 +32,7 @@ class StepResult:
     ragged: bool
     times: dict[str, Times]
     max_grad_rel_error: float
+    arithmetic: float  # floating-point operations of our VA-OPD over those of row-by-row OPD: what the time can come to
 
     def ratio(self, ours: str, theirs: str) -> Ratio:
         return over(self.times[ours], self.times[theirs])
@@ -73,8 +75,17 @@ def measure_steps(plan: Plan) -> list[StepResult]:
         for shape in plan.shapes:
             setting = Setting(student, teacher, (make_group(shape, plan.vocab, ragged=ragged),), plan.vocab)
             times = take_turns(step_variants(setting), plan.rounds)
-            results.append(StepResult(shape, ragged, times, gradient_error(setting)))
+            results.append(StepResult(shape, ragged, times, gradient_error(setting), arithmetic_ratio(setting)))
     return results
+
+
+def arithmetic_ratio(setting: Setting) -> float:
+    """Floating-point operations of the package's VA-OPD over those of row-by-row OPD, of one group."""
+    (group,) = setting.groups
+    sizes = len(group.prompt.ids_P), group.lengths, len(group.prompt.images[ORIGINAL]["pixel_values"])
+    models = setting.student.config, setting.teacher.config
+    ours = step_flops(*models, shared_load(*sizes), views=2, log_probs=True)
+    return ours / step_flops(*models, rows_load(*sizes), views=1, log_probs=False)
 
 
 def measure_scaling(plan: Plan, shape: Shape) -> dict[int, Times]:
