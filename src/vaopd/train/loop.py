@@ -16,10 +16,12 @@ from vaopd.models.load import save_model
 from vaopd.train import checkpoint
 from vaopd.train.evaluation import evaluate_step, final_evaluation
 from vaopd.train.folder import RunFolder
+from vaopd.train.health import noise_floor, noise_warning, truncation_warning
 from vaopd.train.metrics import Metrics
 from vaopd.train.schedule import example_indices, learning_rate
 from vaopd.train.setup import Run, set_up, weighting_of
-from vaopd.train.step import train_step
+from vaopd.train.step import drop_empty, train_step
+from vaopd.types import DEGRADED, ORIGINAL
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +52,14 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress | None 
     RunFolder(config.run).check(resume=resume)
     run = set_up(config, on_check=progress.on_check)
     start = _resume(run) if resume else _start(run)
+    _measure_noise(run, progress)
     writer = SummaryWriter(str(run.folder.path / "tensorboard"), purge_step=start + 1) if "tensorboard" in config.trackers else None
     if start < 0:
         _evaluate(run, 0, progress, writer)
     for step in range(max(start, 0) + 1, run.steps + 1):
         row = _one_step(run, step)
         _record(run, row, progress, writer)
+        _warn_of_truncation(run, row)
         _stop_if_sick(run, row)
         if step % config.eval.every == 0 or step == run.steps:
             _evaluate(run, step, progress, writer)
@@ -86,6 +90,24 @@ def _resume(run: Run) -> int:
         checkpoint.point(run.folder.checkpoints, checkpoint.BEST, found.path.name)
     log.info("resumed from step %d", step)
     return step
+
+
+def _measure_noise(run: Run, progress: Progress) -> None:
+    """Where the degraded view is scored: how exact the scores are, against the deadband."""
+    if run.tools.teacher is None or DEGRADED not in run.tools.views:
+        return
+    prompts = [run.renderer(example, (ORIGINAL,)) for example in run.train[:2]]
+    groups = drop_empty(run.tools.engine.generate(prompts, run.tools.k, 0))
+    floor = noise_floor(run.tools.teacher, groups)
+    progress.on_check(f"scores exact to {floor:.0e} nats, deadband {run.config.deadband:g}")
+    if warning := noise_warning(floor, run.config.deadband):
+        log.warning("%s", warning)
+
+
+def _warn_of_truncation(run: Run, row: Metrics) -> None:
+    if not run.warned_of_truncation and (warning := truncation_warning(row, run.config.rollouts.max_tokens)):
+        run.warned_of_truncation = True
+        log.warning("%s", warning)
 
 
 def _one_step(run: Run, step: int) -> Metrics:

@@ -59,6 +59,7 @@ class Run:
     steps: int
     # What a checkpoint has beside weights and optimiser: non-finite steps in a row, and the best evaluation so far.
     state: dict[str, Any] = field(default_factory=lambda: {"nonfinite_streak": 0, "best": None})
+    warned_of_truncation: bool = False
 
 
 def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:

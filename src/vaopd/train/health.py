@@ -1,0 +1,42 @@
+"""What a run says about itself before it goes wrong in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vaopd.train.metrics import Metrics
+from vaopd.types import ORIGINAL, Group, Teacher
+
+TRUNCATED = 0.25  # share of rollouts cut at the length limit from which a run warns
+
+
+def noise_floor(teacher: Teacher, groups: Sequence[Group]) -> float:
+    """Largest difference, in nats, between two exact computations of the same score: all groups together, and each alone.
+
+    It is about 1e-6 in fp32 and 1e-2 in bf16. An advantage below it is noise, which the cut at the top share of tokens and the z-score over
+    siblings would turn into different weights, so the deadband has to be above it.
+    """
+    together = teacher.score(groups, (ORIGINAL,))
+    alone = [teacher.score([group], (ORIGINAL,))[0] for group in groups]
+    pairs = zip(together, alone, strict=True)
+    return max((float((a.logp_N[ORIGINAL] - b.logp_N[ORIGINAL]).abs().max()) for a, b in pairs), default=0.0)
+
+
+def noise_warning(floor: float, deadband: float) -> str | None:
+    """A warning when the deadband is below the floor."""
+    if floor <= deadband:
+        return None
+    return (
+        f"the teacher's scores are exact to {floor:.1e} nats here, but deadband is {deadband:g}: advantages below that are noise and would "
+        f"choose tokens and weights. Set deadband: {2 * floor:.1g}, or precision: fp32"
+    )
+
+
+def truncation_warning(row: Metrics, max_tokens: int) -> str | None:
+    """A warning when many rollouts of a step were cut at the length limit."""
+    if (row.get("truncated") or 0) <= TRUNCATED:
+        return None
+    return (
+        f"step {row['step']}: {100 * row['truncated']:.0f} % of the rollouts were cut at {max_tokens} tokens. They are trained on as they "
+        "are; raise rollouts.max_tokens if answers need more"
+    )

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from vaopd.train.health import noise_floor, noise_warning, truncation_warning
+from vaopd.types import ORIGINAL, Group, Prompt, Scores
+
+
+class Drifting:
+    """A teacher whose scores depend on how many groups are scored together, as those of a batched computation do."""
+
+    def __init__(self, drift):
+        self.drift = drift
+
+    def score(self, groups, views):
+        return [Scores(torch.zeros(2, 3), {ORIGINAL: torch.tensor([-1.0, -2.0]) + self.drift * len(groups)}) for _ in groups]
+
+
+def two_groups():
+    return [Group(Prompt(str(index), torch.tensor([1])), (torch.tensor([1, 2]),), (True,)) for index in range(2)]
+
+
+def test_the_floor_is_the_largest_difference_between_together_and_alone():
+    assert noise_floor(Drifting(0.01), two_groups()) == pytest.approx(0.01)
+    assert noise_floor(Drifting(-0.02), two_groups()) == pytest.approx(0.02)
+    assert noise_floor(Drifting(0.0), two_groups()) == 0
+    assert noise_floor(Drifting(0.01), []) == 0
+
+
+def test_a_deadband_below_the_floor_is_called_out_with_one_above_it():
+    assert noise_warning(1e-6, 1e-4) is None
+    assert "deadband: 0.02" in noise_warning(0.01, 1e-4)
+
+
+def test_truncation_warns_above_a_quarter():
+    assert truncation_warning({"step": 3, "truncated": 0.25}, 8) is None
+    assert truncation_warning({"step": 3, "truncated": None}, 8) is None
+    assert "67 % of the rollouts were cut at 8 tokens" in truncation_warning({"step": 3, "truncated": 0.67}, 8)
