@@ -157,6 +157,7 @@ class OptimConfig(_Strict):
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     tokens_per_forward: int = Field(16384, ge=1, description="prompt and response tokens, with padding, of one micro-batch")
     train_vision: bool = True
+    checkpointing: bool = Field(False, description="recompute activations in the backward: less memory, about a third more time")
 
 
 class EvalConfig(_Strict):

@@ -82,7 +82,12 @@ class TrainingView:
         """The hooks that `vaopd.train` calls."""
         from vaopd.train.loop import Progress as Hooks
 
-        return Hooks(on_check=lambda text: say(f"checks     {text}"), on_row=self._on_row, on_final=self._on_final)
+        return Hooks(
+            on_check=lambda text: say(f"checks     {text}"),
+            on_row=self._on_row,
+            on_peak=lambda mebibytes: say(f"memory     at most {mebibytes:,.0f} MiB"),
+            on_final=self._on_final,
+        )
 
     def _on_row(self, row: Mapping[str, Any], steps: int) -> None:
         if self.task is None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vaopd.train.health import noise_floor, noise_warning, truncation_warning
+from vaopd.train.health import noise_floor, noise_warning, peak_memory, truncation_warning
 from vaopd.types import ORIGINAL, Group, Prompt, Scores
 
 
@@ -35,3 +35,10 @@ def test_truncation_warns_above_a_quarter():
     assert truncation_warning({"step": 3, "truncated": 0.25}, 8) is None
     assert truncation_warning({"step": 3, "truncated": None}, 8) is None
     assert "67 % of the rollouts were cut at 8 tokens" in truncation_warning({"step": 3, "truncated": 0.67}, 8)
+
+
+def test_peak_memory_sees_a_large_tensor():
+    before = peak_memory(torch.device("cpu"))
+    block = torch.ones(int((before + 200) * 2**20 / 4))  # larger by 200 MiB than anything this process has held
+    assert peak_memory(torch.device("cpu")) > before + 150
+    del block

@@ -142,3 +142,22 @@ def test_the_test_set_is_the_held_out_one_unless_named(recipe: Callable[..., Run
     assert [example.id for example in prepare(recipe(data={"test": data["eval"], "eval": None})).test] == ["eval-0", "eval-1", "eval-2"]
     with pytest.raises(DataError):
         prepare(recipe(data={"test": data["train"]}))
+
+
+@pytest.mark.parametrize("forward", ["rows", "auto"])
+def test_recomputing_activations_changes_nothing_but_the_work(recipe: Callable[..., RunConfig], forward: str) -> None:
+    """The same run to rounding, with every decoder layer computed once more in the backward."""
+
+    def one_step(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
+        run = prepare(recipe(forward=forward, optim={"steps": 1, "checkpointing": checkpointing}))
+        layer = run.student.get_decoder().layers[0]
+        calls: list[int] = []
+        # Before the forward: recomputation stops as soon as it has what the backward needs, which may be inside the last module.
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1) if torch.is_grad_enabled() else None)
+        loop._one_step(run, 1)
+        return [p.detach().clone() for p in run.student.parameters()], len(calls)
+
+    (plain, once), (recomputed, twice) = one_step(False), one_step(True)
+    assert twice == 2 * once > 0
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

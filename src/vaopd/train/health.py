@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Sequence
+
+import torch
 
 from vaopd.train.metrics import Metrics
 from vaopd.types import ORIGINAL, Group, Teacher
 
 TRUNCATED = 0.25  # share of rollouts cut at the length limit from which a run warns
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has used so far, in MiB: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def noise_floor(teacher: Teacher, groups: Sequence[Group]) -> float:

@@ -16,7 +16,7 @@ from vaopd.models.load import save_model
 from vaopd.train import checkpoint
 from vaopd.train.evaluation import evaluate_step, final_evaluation
 from vaopd.train.folder import RunFolder
-from vaopd.train.health import noise_floor, noise_warning, truncation_warning
+from vaopd.train.health import noise_floor, noise_warning, peak_memory, truncation_warning
 from vaopd.train.metrics import Metrics
 from vaopd.train.schedule import example_indices, learning_rate
 from vaopd.train.setup import Run, set_up, weighting_of
@@ -34,6 +34,7 @@ class Progress:
 
     on_check: Callable[[str], None] = lambda text: None  # a line about what was checked
     on_row: Callable[[Metrics, int], None] = lambda row, steps: None  # each row of metrics.jsonl, and the number of steps
+    on_peak: Callable[[float], None] = lambda mebibytes: None  # the most memory that training took, in MiB
     on_final: Callable[[str, int, int], None] = lambda model, done, of: None  # the final evaluation goes on
 
 
@@ -67,6 +68,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress | None 
             _save(run, step)
     if writer:
         writer.close()
+    progress.on_peak(peak_memory(run.student.device))
     _finish(run, progress)
     return run.folder.path
 

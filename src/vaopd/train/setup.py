@@ -119,6 +119,9 @@ def load_student(config: RunConfig, source: Source, accelerator: Accelerator) ->
     student = load_model(source, dtype=torch.float32).to(accelerator.device)
     if not config.optim.train_vision:
         student.model.visual.requires_grad_(False)
+    if config.optim.checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+        student.train()  # transformers recomputes in this mode only
     return student
 
 
