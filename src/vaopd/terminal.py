@@ -113,6 +113,7 @@ class StudyView:
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.bars = config, _bars()
         self.tasks: dict[str, TaskID] = {}
+        self.told: set[str] = set()  # checks of the cells that were shown; all cells have the same
 
     def __enter__(self) -> StudyView:
         say(f"{self.config.name}: {len(self.config.methods)} methods x {len(self.config.seeds)} seeds, run folder {self.config.run}")
@@ -123,8 +124,15 @@ class StudyView:
         self.bars.stop()
 
     def update(self, states: Mapping[Job, str]) -> None:
-        """Redraw from the cells' own metrics."""
+        """Redraw from the cells' own logs and metrics."""
+        from vaopd.analysis.study import checks
+
         for job, state in states.items():
+            if job.metrics is not None and state == "running":
+                for line in checks(job):
+                    if line not in self.told:
+                        say(line)
+                        self.told.add(line)
             if job.name not in self.tasks:
                 self.tasks[job.name] = self.bars.add_task(job.name, total=job.steps or 1, rate="", text="")
             self.bars.update(self.tasks[job.name], **_job_fields(job, state))

@@ -174,6 +174,12 @@ def _gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, floa
     return gain(torch.tensor(before["per_question"]), torch.tensor(after["per_question"]))
 
 
+def checks(job: Job) -> list[str]:
+    """What a running job has said about its checks so far."""
+    lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines() if job.log.exists() else []
+    return [line.rstrip() for line in lines if line.startswith("checks ")]
+
+
 def training_rows(job: Job) -> list[dict[str, Any]]:
     """The steps of a training job so far."""
     return read_rows(job.metrics, lambda row: row.get("kind") == "train") if job.metrics else []

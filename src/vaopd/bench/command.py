@@ -29,8 +29,8 @@ def bench(
         show_gpu(console, P=p, T=t, K=k, rounds=rounds)
     with console.status("measuring") as status:
         results = run_bench(plan, on_part=lambda part: status.update(f"measuring: {part}"))
-    show(results, console)
     if json_file:
         write_json(results, json_file)
     if details:
         write_details(results, details)
+    show(results, console)

@@ -67,8 +67,8 @@ def _steps(results: Results, console: Console) -> None:
             error,
         )
     console.print(table)
-    console.print("[dim]Arithmetic: floating-point operations of our VA-OPD over those of row-by-row OPD, what the time can come to.")
-    console.print(f"Gradients: at fixed coefficients, against row by row through whole logits; bar {GRADIENT_BAR:.0e}.[/]\n")
+    console.print("[dim]Arithmetic: floating-point operations of our VA-OPD over those of row-by-row OPD, what the time can come to.[/]")
+    console.print(f"[dim]Gradients: at fixed coefficients, against row by row through whole logits; bar {GRADIENT_BAR:.0e}.[/]\n")
 
 
 def _step_name(step: StepResult) -> str:
