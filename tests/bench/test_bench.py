@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from vaopd.bench.results import Results, bars, to_json
 from vaopd.bench.rollout import engine_rollouts, generate_rollouts
 from vaopd.bench.run import make_plan, run_bench, write_details, write_json
 from vaopd.bench.shapes import Plan, Setting, Shape, Size, build_model, make_group, make_models, make_prompt, model_config
-from vaopd.bench.step import BOTH_VIEWS, ONE_VIEW, arithmetic_ratio, gradient_error, package_step, scaling_formula
+from vaopd.bench.step import BOTH_VIEWS, ONE_VIEW, arithmetic_ratio, gradient_error, package_step, scaling_formula, step_variants
 from vaopd.bench.timing import Ratio, Times, over, take_turns
 from vaopd.bench.work import Work, counted, rows_work, shared_work
 from vaopd.errors import ConfigError
@@ -83,6 +84,15 @@ def test_the_baseline_computes_the_same(setting: Setting, view: str) -> None:
 @pytest.mark.parametrize("views", [ONE_VIEW, BOTH_VIEWS])
 def test_both_steps_have_one_loss(setting: Setting, views: tuple[str, ...]) -> None:
     assert float(package_step(setting, views)) == pytest.approx(float(baseline_step(setting, views)), rel=1e-4)
+
+
+def test_mixed_precision_as_on_a_gpu(setting: Setting) -> None:
+    """A teacher in bf16, a student in fp32 under autocast: every variant runs, and the losses stay together."""
+    mixed = replace(setting, teacher=copy.deepcopy(setting.teacher).to(torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = {name: float(run()) for name, run in step_variants(mixed).items()}
+    assert losses["shared opd"] == pytest.approx(losses["rows opd"], rel=0.05)
+    assert losses["shared va"] == pytest.approx(losses["rows va"], rel=0.2)
 
 
 def test_gradients_are_those_of_rows(setting: Setting) -> None:
