@@ -75,3 +75,14 @@ def test_a_failing_cell_ends_the_study_with_the_end_of_its_output(tmp_path):
 def test_mistakes_in_a_study(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
         load_study(study_file(tmp_path, **changes))
+
+
+def test_results_of_another_recipe_are_not_mixed_in(tmp_path):
+    study = load_study(study_file(tmp_path))
+    _, cells = plan(study)
+    folder = cells["opd"].run
+    folder.mkdir()
+    (folder / "config.yaml").write_text(cells["opd"].to_yaml())
+    plan(study)
+    with pytest.raises(ConfigError, match=r"optim.lr was 0.0001, is 0.0002"):
+        plan(load_study(study_file(tmp_path), ["recipe.optim.lr=2e-4"]))

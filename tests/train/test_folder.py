@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vaopd.config import parse_config
 from vaopd.errors import CheckpointError
 from vaopd.train.folder import LARGEST_SIDE, RunFolder, read_rows
 
@@ -18,23 +19,26 @@ from vaopd.train.folder import LARGEST_SIDE, RunFolder, read_rows
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh\ri"
 
 
+RECIPE = parse_config({"run": "here", "student": "a", "teacher": "b", "data": {"train": "train.jsonl"}})
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
-    folder.start("run: here\n")
+    folder.start(RECIPE.to_yaml())
     return folder
 
 
 def test_a_new_run_needs_an_empty_folder_and_a_resumed_one_a_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.check(resume=False)
+    folder.check(RECIPE, resume=False)
     with pytest.raises(CheckpointError, match=r"no run to resume in .*run"):
-        folder.check(resume=True)
-    folder.start("run: here\n")
-    folder.check(resume=True)
+        folder.check(RECIPE, resume=True)
+    folder.start(RECIPE.to_yaml())
+    folder.check(RECIPE, resume=True)
     with pytest.raises(CheckpointError, match="--resume"):
-        folder.check(resume=False)
-    assert (folder.path / "config.yaml").read_text() == "run: here\n"
+        folder.check(RECIPE, resume=False)
+    assert (folder.path / "config.yaml").read_text() == RECIPE.to_yaml()
 
 
 def test_rows_read_back(folder: RunFolder) -> None:
@@ -99,3 +103,13 @@ def test_a_picture_is_stored_once_under_its_content(folder: RunFolder) -> None:
     assert len(list((folder.path / "samples").iterdir())) == 2
     assert Image.open(folder.path / name).size == (LARGEST_SIDE, LARGEST_SIDE // 2)
     assert image.size == (600, 300)
+
+
+def test_a_run_is_resumed_with_its_own_recipe_only(tmp_path: Path) -> None:
+    values = {"run": str(tmp_path), "student": "a", "teacher": "b", "data": {"train": "train.jsonl"}}
+    folder, config = RunFolder(tmp_path), parse_config(values)
+    folder.start(config.to_yaml())
+    folder.check(config, resume=True)
+    folder.check(parse_config(values | {"rollouts": {"rows": 7}, "run": "elsewhere", "checkpoint": {"keep": 3}}), resume=True)
+    with pytest.raises(CheckpointError, match=r"optim\.lr was 1e-06, is 0\.01; seed was 0, is 1"):
+        folder.check(parse_config(values | {"optim": {"lr": 0.01}, "seed": 1}), resume=True)

@@ -413,6 +413,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(recipe: Callable[
 def test_another_students_checkpoint_is_refused(recipe: Callable[..., RunConfig], pair: Pair, whole: Path) -> None:
     config = recipe(**RUN, student=str(pair.teacher_folder))
     shutil.copytree(whole, config.run)
+    with pytest.raises(CheckpointError, match="student was"):
+        train(config, resume=True)
+    # The same name may have come to hold another model.
+    (config.run / "config.yaml").write_text(config.to_yaml())
     with pytest.raises(CheckpointError, match="another model"):
         train(config, resume=True)
 

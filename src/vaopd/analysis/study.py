@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from vaopd.config import RunConfig, StudyConfig, parse_config
-from vaopd.errors import VaopdError
+from vaopd.errors import ConfigError, VaopdError
 from vaopd.evaluate.runner import gain
 from vaopd.train.folder import RunFolder, read_rows
 from vaopd.world.data import write_world
@@ -75,6 +75,11 @@ def plan(study: StudyConfig) -> tuple[list[Job], dict[str, RunConfig]]:
             values = {**study.recipe, **data, "run": str(study.run / name), "method": method.model_dump(), "seed": seed}
             values["eval"] = {**values.get("eval", {}), "baselines": False}
             cells[name] = parse_config(values, where=f"cell {name}")
+            if changed := RunFolder(cells[name].run).changed(cells[name]):
+                raise ConfigError(
+                    f"{cells[name].run} was made with another recipe: {'; '.join(changed)}. "
+                    "Its results would be mixed with others: delete the study's folder, or give another: --set run=FOLDER"
+                )
     jobs = [_train_job(study, name, config) for name, config in cells.items()]
     return jobs + _baseline_jobs(study, next(iter(cells.values()))), cells
 

@@ -11,9 +11,13 @@ from typing import Any
 
 from PIL import Image
 
+from vaopd.config import RunConfig, load_config
 from vaopd.data.images import content_hash
 from vaopd.errors import CheckpointError
 
+RECIPE = "config.yaml"
+# What only decides how a result is computed or kept. The folder may have moved.
+MAY_CHANGE = ("run", "trackers", "checkpoint.", "rollouts.rows", "optim.tokens_per_forward", "optim.checkpointing")
 LARGEST_SIDE = 448  # pixels of a stored sample picture
 
 
@@ -24,20 +28,38 @@ class RunFolder:
         self.path = path
         self.metrics, self.samples, self.checkpoints = path / "metrics.jsonl", path / "samples.jsonl", path / "checkpoints"
 
-    def check(self, *, resume: bool) -> None:
-        """Refuse to start over a run that is there, or to resume one that is not. Raises CheckpointError."""
-        there = self.metrics.exists() or self.checkpoints.exists() or (self.path / "config.yaml").exists()
+    def check(self, config: RunConfig, *, resume: bool) -> None:
+        """Refuse to start over a run that is there, to resume one that is not, or to resume one with another recipe.
+
+        Raises:
+            CheckpointError: names what differs, or what to do.
+        """
+        there = self.metrics.exists() or self.checkpoints.exists() or (self.path / RECIPE).exists()
         if there and not resume:
             raise CheckpointError(
                 f"there is a run in {self.path} already. Go on with it by --resume, or give another folder: --set run=FOLDER"
             )
         if resume and not there:
             raise CheckpointError(f"there is no run to resume in {self.path}. Start it without --resume")
+        if changed := self.changed(config):
+            raise CheckpointError(
+                f"the run in {self.path} was started with another recipe: {'; '.join(changed)}. "
+                "A resumed run goes on as it was: put the recipe back, or start another run: --set run=FOLDER"
+            )
+
+    def changed(self, config: RunConfig) -> list[str]:
+        """`key: was, now` for every value that the folder's recipe has otherwise and that a result depends on."""
+        path = self.path / RECIPE
+        if not path.exists():
+            return []
+        before, now = (_flat(recipe.model_dump(mode="json")) for recipe in (load_config(path), config))
+        keys = [key for key in sorted(before.keys() | now.keys()) if not key.startswith(MAY_CHANGE)]
+        return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
 
     def start(self, config_yaml: str) -> None:
         """Create the folder and write the resolved recipe."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write_text("config.yaml", config_yaml)
+        self.write_text(RECIPE, config_yaml)
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`: a resumed run writes them again."""
@@ -71,6 +93,13 @@ class RunFolder:
             small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
             small.save(target)
         return name
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `a.b.c` -> value."""
+    if not isinstance(values, Mapping):
+        return {prefix.rstrip("."): values}
+    return {key: value for name, item in values.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
 
 
 def read_rows(file: Path, keep: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:

@@ -46,11 +46,11 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress | None 
 
     Raises:
         ConfigError, DataError, ModelError: something in the recipe can't work; nothing was trained.
-        CheckpointError: the folder has a run already, there is none to resume, or no checkpoint of it is whole.
+        CheckpointError: the folder has a run already, there is none to resume or it had another recipe, or no checkpoint is whole.
         TrainingStopped: three steps in a row were not finite.
     """
     progress = progress or Progress()
-    RunFolder(config.run).check(resume=resume)
+    RunFolder(config.run).check(config, resume=resume)
     run = set_up(config, on_check=progress.on_check)
     start = _resume(run) if resume else _start(run)
     _measure_noise(run, progress)
