@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ from vaopd.types import Prompt
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(autouse=True)
+def _the_pair_is_left_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All tests share one student: one that freezes it would fail others, in an order that depends on the machine."""
+    yield
+    if "pair" in request.fixturenames:
+        student = request.getfixturevalue("pair").student
+        assert all(parameter.requires_grad for parameter in student.parameters()), "this test froze the shared student"
 
 
 @pytest.fixture(scope="session")

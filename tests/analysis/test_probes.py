@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_reliance_by_hand() -> None:
 
 
 def loaded(pair: Pair, name: str) -> Loaded:
-    model = getattr(pair, name)
+    model = copy.deepcopy(getattr(pair, name))  # a teacher is frozen, and the pair is everybody's
     return Loaded(name, pair.source, LocalTeacher(model, vocab_size=pair.vocab_size, forward=rows, tokens_per_forward=4096))
 
 
