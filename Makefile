@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Several of torch's threads on a busy machine wait for one another by spinning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo easy-vqa bench test test-slow check format models clean
+.PHONY: demo easy-vqa bench test test-slow test-peers check format models clean
 
 demo: .venv/ready  ## OPD and VA-OPD on the built-in world, evaluation and report: runs/demo/report.html
 	$(BIN)/vaopd study demo
@@ -21,6 +21,9 @@ test: .venv/ready  ## everything but the slow tests, on all cores
 
 test-slow: .venv/ready  ## the slow tests
 	$(BIN)/pytest -m slow
+
+test-peers: .venv/bench-ready  ## the benchmark's tests with TRL and Liger beside it
+	$(BIN)/pytest tests/bench
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff check .
