@@ -29,6 +29,11 @@ ViewName = Annotated[str, typer.Option("--view", help=f"How the image is degrade
 ViewOptions = Annotated[
     list[str] | None, typer.Option("--view-set", metavar="KEY=VALUE", help="An option of the view, as in ratio=0.2; may be repeated.")
 ]
+SamplingNoise = Annotated[int, typer.Option(help="Of the sampling noise.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest response.")]
+Temperature = Annotated[float, typer.Option(min=0.01, help="Of sampling.")]
+SideBySide = Annotated[int, typer.Option(min=1, help="Responses decoded side by side.")]
+JsonFile = Annotated[Path | None, typer.Option(help="Write the result as JSON.")]
 
 
 def main() -> None:
@@ -71,13 +76,13 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="JSONL or Parquet with questions, answers and images.")],
     k: Annotated[int, typer.Option(min=1, help="Samples per question.")] = 8,
     teacher: Annotated[str | None, typer.Option(help="Scores how much the answers depend on the image.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 1.0,
-    rows: Annotated[int, typer.Option(min=1, help="Responses decoded side by side.")] = 64,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 1.0,
+    rows: SideBySide = 64,
     view: ViewName = "pixelate",
     view_set: ViewOptions = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    seed: SamplingNoise = 1,
+    out: JsonFile = None,
 ) -> None:
     """Measure avg@k with its standard error, and blind accuracy beside it."""
     view_config = ViewConfig.from_options(view, view_set or [])
@@ -109,13 +114,13 @@ def probe(
     other: Annotated[list[str] | None, typer.Option(help="One more model that reads the same responses; may be repeated.")] = None,
     views: Annotated[list[str] | None, typer.Option(help="A view to compare, or all; may be repeated.")] = None,
     k: Annotated[int, typer.Option(min=1, help="Samples per question.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 1.0,
-    rows: Annotated[int, typer.Option(min=1, help="Responses decoded side by side.")] = 64,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 1.0,
+    rows: SideBySide = 64,
     view: ViewName = "pixelate",
     view_set: ViewOptions = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    seed: SamplingNoise = 1,
+    out: JsonFile = None,
 ) -> None:
     """Measure where advantage and divergence sit in a model's answers, and what depends on the image (docs/probes.md)."""
     view_config = ViewConfig.from_options(view, view_set or [])
@@ -147,11 +152,11 @@ def inspect(
     image: Annotated[list[Path], typer.Option(help="A picture; may be repeated.")],
     question: Annotated[str, typer.Option(help="<image> marks where a picture goes; without marks they come first.")],
     student: Annotated[str | None, typer.Option(help="Answers; default: the teacher itself.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 0.7,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
     view: ViewName = "pixelate",
     view_set: ViewOptions = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 1,
+    seed: SamplingNoise = 1,
     out: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
 ) -> None:
     """Show which tokens of an answer depend on the image."""
@@ -193,12 +198,6 @@ def report(
     _write_report(runs, out)
 
 
-def _write_json(result: Mapping[str, Any], out: Path | None) -> None:
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
 @app.command()
 def bench(
     p: Annotated[int | None, typer.Option("--p", help="Prompt tokens, image tokens included.")] = None,
@@ -214,6 +213,12 @@ def bench(
     from vaopd.bench.command import bench as run
 
     run(p=p, t=t, k=k, v=v, rounds=rounds, json_file=json_file, details=details, console=terminal.console)
+
+
+def _write_json(result: Mapping[str, Any], out: Path | None) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_report(runs: list[Path], out: Path | None) -> None:
