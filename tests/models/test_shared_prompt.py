@@ -158,7 +158,7 @@ def test_gradient_checkpointing(pair: Pair, groups: list[Group], reentrant: bool
 
 
 def test_replayed_rollouts_train_alike(pair: Pair, groups: list[Group]) -> None:
-    """Fixed rollouts and coefficients, several steps: the losses stay together."""
+    """Fixed rollouts and coefficients, twenty steps: the losses stay together."""
     teacher_NG = states(rows, pair.teacher, groups)
     c_N = torch.rand(len(teacher_NG), generator=torch.Generator().manual_seed(1)).div(len(teacher_NG))
 
@@ -166,7 +166,7 @@ def test_replayed_rollouts_train_alike(pair: Pair, groups: list[Group]) -> None:
         model, seen = pair.fresh(), []
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         heads = head_of(model, pair.vocab_size), head_of(pair.teacher, pair.vocab_size)
-        for _ in range(6):
+        for _ in range(20):
             loss, _ = fused_weighted_divergence(way(model, groups, ORIGINAL), heads[0], teacher_NG, heads[1], c_N)
             optimizer.zero_grad()
             loss.backward()
