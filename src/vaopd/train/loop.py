@@ -101,7 +101,7 @@ def _measure_noise(run: Run, progress: Progress) -> None:
     prompts = [run.renderer(example, (ORIGINAL,)) for example in run.train[:2]]
     groups = drop_empty(run.tools.engine.generate(prompts, run.tools.k, 0))
     floor = noise_floor(run.tools.teacher, groups)
-    progress.on_check(f"scores exact to {floor:.0e} nats, deadband {run.config.deadband:g}")
+    progress.on_check(f"scores equal in two batch shapes to {floor:.1g} nats, deadband {run.config.deadband:g}")
     if warning := noise_warning(floor, run.config.deadband):
         log.warning("%s", warning)
 
