@@ -68,6 +68,10 @@ class Group:
         """K response lengths in tokens."""
         return [len(response) for response in self.responses]
 
+    def take(self, siblings: Sequence[int]) -> Group:
+        """The group with these siblings alone; `sampler_logp_N` isn't carried over."""
+        return Group(self.prompt, tuple(self.responses[k] for k in siblings), tuple(self.ended_K[k] for k in siblings))
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -11,7 +11,7 @@ from vaopd.data.render import Renderer
 from vaopd.evaluate.runner import Answers, advantage_summary, answer, mass_curve, standard_error, teacher_advantages
 from vaopd.models.load import Source, control_ids
 from vaopd.rollouts.hf import HFEngine, Sampling
-from vaopd.types import DEGRADED, ORIGINAL, Example, Group, Teacher
+from vaopd.types import DEGRADED, ORIGINAL, Example, Teacher
 
 SCORED_SIBLINGS = 4  # of each question, for the mean advantage: the teacher's cost is the larger part
 
@@ -61,7 +61,9 @@ def evaluate_model(
             answers = _ask(condition, model, source, asked, renderer, sampling, k, rows)
             entry |= _entry(condition, answers)
             if condition == "seeing" and teacher is not None:
-                a_N = teacher_advantages(teacher, [_first_siblings(group) for group in answers.groups], deadband)
+                a_N = teacher_advantages(
+                    teacher, [group.take(range(min(SCORED_SIBLINGS, len(group.responses)))) for group in answers.groups], deadband
+                )
                 entry |= advantage_summary(a_N) | {"mass_curve": mass_curve(a_N)}
         on_progress(index + 1, len(conditions))
     return entry
@@ -81,7 +83,3 @@ def _entry(condition: str, answers: Answers) -> dict[str, Any]:
         return {condition: float(answers.accuracy_Q.mean()), f"{condition}_se": standard_error(answers.accuracy_Q)}
     graded = answers.correct_QK is not None
     return answers.summary() | {"per_question": [round(x, 6) for x in answers.accuracy_Q.tolist()] if graded else None}
-
-
-def _first_siblings(group: Group) -> Group:
-    return Group(group.prompt, group.responses[:SCORED_SIBLINGS], group.ended_K[:SCORED_SIBLINGS])

@@ -90,17 +90,12 @@ def micro_batches(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]
             length = len(group.prompt.ids_P) + len(response)
             if count and max(longest, length) * (count + 1) > tokens:
                 if taken:
-                    batch.append(_siblings(group, taken))
+                    batch.append(group.take(taken))
                 yield batch
                 batch, taken, count, longest = [], [], 0, 0
             taken.append(index)
             count, longest = count + 1, max(longest, length)
         if taken:
-            batch.append(_siblings(group, taken))
+            batch.append(group.take(taken))
     if batch:
         yield batch
-
-
-def _siblings(group: Group, taken: Sequence[int]) -> Group:
-    """The group with these siblings alone."""
-    return Group(group.prompt, tuple(group.responses[i] for i in taken), tuple(group.ended_K[i] for i in taken))

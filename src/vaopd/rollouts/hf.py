@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from vaopd.core import Head
 from vaopd.models.families import family_of
 from vaopd.models.forward import head_of, view_images
 from vaopd.types import ORIGINAL, Group, Prompt
@@ -86,7 +85,7 @@ class HFEngine:
         length_R = torch.full((count,), sampling.max_tokens, device=device)
         ended_R = torch.zeros(count, dtype=torch.bool, device=device)
         for position in range(sampling.max_tokens):
-            logits_RV = _logits(state.hidden_RH, head).masked_fill(self.forbidden_V, -torch.inf)
+            logits_RV = head.logits(state.hidden_RH).masked_fill(self.forbidden_V, -torch.inf)
             gumbel_RV = _gumbel([noise[index] for index in alive_R.tolist()], self.vocab_size, device)
             chosen, logp = sample(logits_RV, gumbel_RV, temperature=sampling.temperature, top_p=sampling.top_p)
             ids_RT[alive_R, position], logp_RT[alive_R, position] = chosen, logp
@@ -170,10 +169,6 @@ def _prefill(model: Any, prompts: Sequence[Prompt], k: int, view: str) -> _State
         next_R=next_B.repeat_interleave(k),
         axes=len(positions_ABP),
     )
-
-
-def _logits(hidden_RH: Tensor, head: Head) -> Tensor:
-    return head.logits(hidden_RH)
 
 
 def _generator(seed: int, device: torch.device) -> torch.Generator:

@@ -29,7 +29,7 @@ def evaluate_step(run: Run, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
     if run.teacher is None:
         return row, []
     kept = [_nonempty(group, min(config.rollouts.k, SCORED_SIBLINGS)) for group in answers.groups]
-    scored = _score(run, [_take(group, siblings) for group, siblings in zip(answers.groups, kept, strict=True)], step)
+    scored = _score(run, [group.take(siblings) for group, siblings in zip(answers.groups, kept, strict=True)], step)
     row |= {"va": scored.mean("va"), "kl": scored.mean("kl")}
     shown = range(min(config.eval.samples, len(asked)))
     return row, [_sample_row(run, step, asked[q], answers, q, kept[q], scored.groups[q]) for q in shown]
@@ -75,10 +75,6 @@ def summarise(entries: dict[str, dict[str, Any]], *, questions: int, k: int) -> 
 
 def _nonempty(group: Group, limit: int) -> list[int]:
     return [k for k, response in enumerate(group.responses[:limit]) if len(response)]
-
-
-def _take(group: Group, siblings: Sequence[int]) -> Group:
-    return Group(group.prompt, tuple(group.responses[k] for k in siblings), tuple(group.ended_K[k] for k in siblings))
 
 
 def _score(run: Run, groups: Sequence[Group], step: int) -> Scored:

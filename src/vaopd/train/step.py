@@ -114,7 +114,7 @@ def drop_empty(groups: Sequence[Group]) -> list[Group]:
         if whole and len(whole) == len(group.responses):
             kept.append(group)
         elif whole:
-            kept.append(Group(group.prompt, tuple(group.responses[i] for i in whole), tuple(group.ended_K[i] for i in whole)))
+            kept.append(group.take(whole))
     return kept
 
 
