@@ -25,10 +25,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "off_policy_kd": {},
     "sft": {},
 }
+SELF = "student"  # as the teacher: the student before training
 OFF_POLICY = ("off_policy_kd", "sft")  # they learn from the data's solutions, not from the student's rollouts
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
+QuestionKind = Literal["perimeter", "longest", "shortest", "difference"]
 
 
 class _Strict(BaseModel):
@@ -160,6 +162,29 @@ class OptimConfig(_Strict):
     checkpointing: bool = Field(False, description="recompute activations in the backward: less memory, about a third more time")
 
 
+class LoraConfig(_Strict):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) in place of the weights: W + alpha / rank · B A, of which A and B are trained.
+
+    They want a larger rate than whole weights do: `optim.lr` of 1e-5 to 1e-4 rather than 1e-6.
+    """
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = Field(None, min_length=1, description="names of linear layers, as q_proj; default: all within reach")
+    vision: bool = Field(False, description="within reach are the decoder's layers; true: the vision tower's and the projector's too")
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value != 0:
+            raise ValueError(
+                f"must be 0, found {value}: the student learns from what it samples itself, and dropout would train another model than the "
+                "one that sampled; siblings that share their prompt would share its dropout, too. Leave it out"
+            )
+        return value
+
+
 class EvalConfig(_Strict):
     """Held-out evaluation: `k` samples a question at temperature 1 (avg@k)."""
 
@@ -184,7 +209,8 @@ class RunConfig(_Strict):
     run: Path
     method: MethodConfig = MethodConfig(name="va_opd")
     student: str
-    teacher: str | None = None
+    teacher: str | None = None  # `student`: the student as it was before training
+    lora: LoraConfig | None = None  # None: all weights are trained
     data: DataConfig
     view: ViewConfig = ViewConfig()
     deadband: float = Field(1e-4, ge=0, description="visual advantage below it counts as zero, nats")
@@ -209,7 +235,19 @@ class RunConfig(_Strict):
     def _teacher_where_needed(self) -> RunConfig:
         if self.method.name != "sft" and self.teacher is None:
             raise ValueError(f"method '{self.method.name}' needs a teacher: add `teacher: FOLDER or hub name`")
+        if self.self_taught and self.lora is None:
+            raise ValueError(
+                f"`teacher: {SELF}` is the student before training, which is in memory only where adapters are trained beside its weights: "
+                f"add `lora: {{}}`, or load it twice with `teacher: {self.student}` (a folder of that name is `./{SELF}`)"
+            )
+        if self.lora and self.lora.vision and not self.optim.train_vision:
+            raise ValueError("`lora.vision: true` adapts the vision tower, which `optim.train_vision: false` freezes. Keep one of them")
         return self
+
+    @property
+    def self_taught(self) -> bool:
+        """Whether the teacher is the student before training."""
+        return self.teacher == SELF
 
     @property
     def loss(self) -> str:
@@ -224,12 +262,21 @@ class RunConfig(_Strict):
 
 
 class WorldConfig(_Strict):
-    """Questions drawn from the built-in world."""
+    """Questions drawn from the built-in world: how many, and its knobs, each of which leaves the others alone (docs/world.md)."""
 
-    train: int = Field(ge=1)
-    eval: int = Field(ge=1)
-    test: int = Field(ge=2)
+    train: int = Field(2048, ge=1)
+    eval: int = Field(64, ge=1)
+    test: int = Field(320, ge=2)
     seed: int = 0
+    labels: int = Field(3, ge=3, le=5, description="sides of the figure, each with its length")
+    label_size: int = Field(14, ge=10, le=18, description="points; at 14 a label is about 8 x 10 of 64 x 64 pixels")
+    grain: float = Field(0.0, ge=0, le=80, description="how hard labels are to read: noise of every pixel, in grey levels")
+    questions: tuple[QuestionKind, ...] = Field(("perimeter", "longest", "difference"), min_length=1)
+    unit: int = Field(1, ge=1, le=9, description="how hard the arithmetic is: sides are in units of 2 to this many centimetres")
+    working: Literal[0, 1, 2] = Field(1, description="length of the solution's arithmetic: the answer alone, the steps, steps and a check")
+    wording: Literal["terse", "plain", "wordy"] = Field("plain", description="how much language stands around the numbers")
+    phrasing: float = Field(1.0, ge=0, le=1.79, description="entropy of every choice of words, in nats; there are six alternatives")
+    style: Literal[0, 1] = Field(0, description="which alternatives are liked; a teacher and a student may differ")
 
 
 class StudyConfig(_Strict):
