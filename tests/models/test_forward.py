@@ -134,8 +134,8 @@ def views_swapped(patch: pytest.MonkeyPatch) -> None:
 
 
 def features_of_the_first_image(patch: pytest.MonkeyPatch) -> None:
-    def wrong(self: families.Qwen3VL, model: Any, images: Any, repeats: Any) -> dict[str, Any]:
-        return whole(self, model, [images[0]] * len(images), repeats)
+    def wrong(self: families.Qwen3VL, model: Any, prompts: Any, images: Any, repeats: Any) -> dict[str, Any]:
+        return whole(self, model, prompts, [images[0]] * len(images), repeats)
 
     whole = families.Qwen3VL.encode_images
     patch.setattr(families.Qwen3VL, "encode_images", wrong)
@@ -144,8 +144,8 @@ def features_of_the_first_image(patch: pytest.MonkeyPatch) -> None:
 def features_repeated_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
     """Image 1, image 2, image 1, image 2 … for the rows of prompt 1, prompt 1, prompt 2, prompt 2 …"""
 
-    def wrong(self: families.Qwen3VL, model: Any, images: Any, repeats: Any) -> dict[str, Any]:
-        return whole(self, model, list(images) * repeats[0], [1] * (len(images) * repeats[0]))
+    def wrong(self: families.Qwen3VL, model: Any, prompts: Any, images: Any, repeats: Any) -> dict[str, Any]:
+        return whole(self, model, list(prompts) * repeats[0], list(images) * repeats[0], [1] * (len(images) * repeats[0]))
 
     whole = families.Qwen3VL.encode_images
     patch.setattr(families.Qwen3VL, "encode_images", wrong)

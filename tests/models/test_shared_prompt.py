@@ -38,7 +38,7 @@ def grouped_heads(pair: Pair) -> Any:
 
 def dense(model: Any, groups: Sequence[Group], view: str) -> Tensor:
     """The readable reference: the same packed row under a mask over M × M."""
-    family = families.family_of(model)
+    family, prompts = families.family_of(model), [group.prompt for group in groups]
     packed = pack(groups, [family.prompt_positions(model, group.prompt) for group in groups])
     group_M, sibling_M = (torch.full_like(packed.ids_M, -1) for _ in range(2))
     for index, spans in enumerate(packed.spans):
@@ -52,7 +52,7 @@ def dense(model: Any, groups: Sequence[Group], view: str) -> Tensor:
         attention_mask=mask_MM[None, None],
         position_ids=packed.positions_AM[:, None],
         use_cache=False,
-        **family.encode_images(model, [view_images(group.prompt, view) for group in groups], [1] * len(groups)),
+        **family.encode_images(model, prompts, [view_images(prompt, view) for prompt in prompts], [1] * len(prompts)),
     )
     return body.last_hidden_state[0, packed.predicting_N]
 
@@ -310,8 +310,8 @@ def images_swapped(patch: pytest.MonkeyPatch) -> None:
     """The first two prompts have one grid, so their pictures fit each other's place."""
     whole = families.Qwen3VL.encode_images
 
-    def wrong(self: families.Qwen3VL, model: Any, images: Sequence[Any], repeats: Sequence[int]) -> dict[str, Any]:
-        return whole(self, model, [images[1], images[0], *images[2:]] if set(repeats) == {1} else images, repeats)
+    def wrong(self: families.Qwen3VL, model: Any, prompts: Any, images: Sequence[Any], repeats: Sequence[int]) -> dict[str, Any]:
+        return whole(self, model, prompts, [images[1], images[0], *images[2:]] if set(repeats) == {1} else images, repeats)
 
     patch.setattr(families.Qwen3VL, "encode_images", wrong)
 

@@ -30,7 +30,7 @@ from vaopd.bench.timing import Ratio, Times, measure, over
 from vaopd.core import OPD, VAOPD, Weighting
 from vaopd.data.images import png_bytes
 from vaopd.data.render import Renderer
-from vaopd.models.load import ImageOnlyQwen3VLProcessor
+from vaopd.models.processors import ImageOnlyQwen3VLProcessor
 from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.hf import HFEngine, Sampling
 from vaopd.teachers.local import LocalTeacher

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vaopd.core import Head
-from vaopd.models.families import family_of
+from vaopd.models.families import family_of, position_ids
 from vaopd.types import Group, Prompt
 
 
@@ -42,12 +42,14 @@ def rows(model: Any, groups: Sequence[Group], view: str) -> Tensor:
     ids_RL = pad_sequence(ids, batch_first=True)
     attention_RL = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     positions_ARL = pad_sequence([place.T for place in places], batch_first=True).permute(2, 0, 1)
-    images = family.encode_images(model, [view_images(g.prompt, view) for g in groups], [len(g.responses) for g in groups])
+    prompts, repeats = [group.prompt for group in groups], [len(group.responses) for group in groups]
+    images = family.encode_images(model, prompts, [view_images(prompt, view) for prompt in prompts], repeats)
     body = model.model(
         input_ids=ids_RL.to(device),
         attention_mask=attention_RL.to(device),
-        position_ids=positions_ARL.to(device),
+        position_ids=position_ids(positions_ARL).to(device),
         use_cache=False,
+        **{name: x.to(device) for name, x in family.token_inputs(model, ids_RL).items()},
         **images,
     )
     return body.last_hidden_state[_predicting(siblings, ids_RL.shape[1]).to(device)]
@@ -70,10 +72,7 @@ def _predicting(siblings: Sequence[tuple[Prompt, Tensor]], length: int) -> Tenso
 def head_of(model: Any, vocab_size: int) -> Head:
     """The LM head over the tokenizer's ids: rows beyond them (padding of the checkpoint) carry no probability."""
     layer = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = 1.0 / getattr(config, "logits_scaling", 1.0)
-    return Head(layer.weight, getattr(layer, "bias", None), scale=scale, softcap=softcap, vocab_size=vocab_size)
+    return Head(layer.weight, getattr(layer, "bias", None), vocab_size=vocab_size)
 
 
 def micro_batches(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:

@@ -11,39 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    ProcessorMixin,
-    Qwen3VLProcessor,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from vaopd.errors import ModelError, did_you_mean
-from vaopd.models.families import family_of
+from vaopd.models.families import Family, family_of
+from vaopd.models.processors import PREFIX
+from vaopd.models.processors import ImageOnlyQwen3VLProcessor as ImageOnlyQwen3VLProcessor
 
 BUILTIN = "builtin:"
 
 
-class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
-    """Qwen3-VL's processor without its video half, which is the only part that needs torchvision.
-
-    It loads from and saves to the same files, so a folder stays usable with transformers' own class.
-    """
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-
 # Control ids that a model's configuration names, where it has them.
-NAMED_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-IMAGE_ONLY_PROCESSORS = {"qwen3_vl": ImageOnlyQwen3VLProcessor}
+NAMED_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id")
 
 
 @dataclass(frozen=True)
@@ -84,25 +63,24 @@ def open_source(name: str) -> Source:
     """Read a model's configuration, processor and end-of-response ids; no weights. Raises ModelError."""
     path = locate(name)
     config = _loaded(name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
-    family_of(config)
-    processor = _loaded(name, lambda: load_processor(path, config.model_type))
-    if processor.image_token_id != config.image_token_id:
+    family = family_of(config)
+    processor = _loaded(name, lambda: load_processor(path, family))
+    if (written := family.placeholder_id(processor)) != config.image_token_id:
         raise ModelError(
-            f"{name}: its processor writes images as token {processor.image_token_id}, its config.json names {config.image_token_id} "
+            f"{name}: its processor writes images as token {written}, its config.json names {config.image_token_id} "
             "(image_token_id). Take both from one model"
         )
     return Source(name, path, config, processor, _eos_ids(path, processor))
 
 
-def load_processor(path: str, model_type: str) -> Any:
+def load_processor(path: str, family: Family) -> Any:
     """The model's own processor; without torchvision, the same one without its video half."""
     if importlib.util.find_spec("torchvision") is not None:
         return AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    image_only = IMAGE_ONLY_PROCESSORS[model_type]
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-    template = ProcessorMixin.get_processor_dict(path)[0].get("chat_template") or tokenizer.chat_template
-    return image_only(image_processor, tokenizer, chat_template=template)
+    processor = family.processor.from_pretrained(path, trust_remote_code=False)
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
 
 
 def load_model(source: Source, *, dtype: torch.dtype) -> Any:
@@ -128,15 +106,18 @@ def load_model(source: Source, *, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """A standard Hugging Face folder: weights as safetensors, tokenizer, image processor and chat template."""
-    model.save_pretrained(folder, safe_serialization=True)
+def save_model(model: Any, processor: Any, folder: Path, *, state: dict[str, Any] | None = None) -> None:
+    """A standard Hugging Face folder: weights as safetensors (`state` in the place of the model's), tokenizer, processor, chat template."""
+    model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
+    # transformers 5 writes it into processor_config.json alone. Its own video processors, which it builds for Qwen-VL wherever
+    # torchvision is, and programs with an older reader (vLLM) look for this file.
+    processor.image_processor.save_pretrained(folder)
     for file in ("processor_config.json", "tokenizer_config.json"):
         path = folder / file
         values = json.loads(path.read_text(encoding="utf-8"))
         # The name under which transformers itself knows the processor, with video where torchvision exists.
-        values["processor_class"] = type(processor).__name__.removeprefix("ImageOnly")
+        values["processor_class"] = type(processor).__name__.removeprefix(PREFIX)
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vaopd.models.families import family_of
+from vaopd.models.families import family_of, position_ids
 from vaopd.models.forward import continue_positions, rows, view_images
 from vaopd.types import Group, Prompt
 
@@ -46,19 +46,22 @@ def shared(model: Any, groups: Sequence[Group], view: str) -> Tensor:
         view: which rendering of the images the model sees.
 
     Raises:
-        ValueError: a response contains an image token, or the prompt lacks the view.
+        ValueError: the family can't share prompts, a response contains an image token, or the prompt lacks the view.
     """
     family, device = family_of(model), model.device
+    if family.not_shared is not None:
+        raise ValueError(f"siblings can't share their prompt in a {family.title} model: {family.not_shared}. Use `rows`")
     if (prompt := _image_in_response(model, groups)) is not None:
         raise ValueError(f"a response to prompt '{prompt}' contains image tokens. A packed row has images in its prompts only; use `rows`")
     packed = pack(groups, [family.prompt_positions(model, group.prompt) for group in groups])
-    images = family.encode_images(model, [view_images(group.prompt, view) for group in groups], [1] * len(groups))
+    prompts = [group.prompt for group in groups]
+    images = family.encode_images(model, prompts, [view_images(prompt, view) for prompt in prompts], [1] * len(prompts))
     switch_attention(model)
     body = model.model(
         input_ids=packed.ids_M[None].to(device),
         # Already four-dimensional, so no mask is made of it; and of no size that an attention without the layout could use.
         attention_mask=torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device),
-        position_ids=packed.positions_AM[:, None].to(device),
+        position_ids=position_ids(packed.positions_AM[:, None]).to(device),
         use_cache=False,
         **{LAYOUT: split_layout(packed.spans).to(device)},
         **images,
@@ -278,14 +281,16 @@ def _switch_back(module: Any, args: Any, kwargs: dict[str, Any], output: Any) ->
 
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", NAME)  # plain causal attention, computed in different ways
-# Their language models look both ways within an image, which no configuration tells.
-BOTH_WAYS = ("gemma3", "gemma4", "paligemma", "git", "pi0", "deepseek_ocr2", "unlimited_ocr")
 CHECKED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # largest relative difference of a token's state
 
 
 def why_not_shared(model: Any) -> str | None:
     """Why siblings cannot share their prompt in this model, in the mode it is in; None if nothing is known against it."""
     return next((reason for object_to in _OBJECTIONS if (reason := object_to(model)) is not None), None)
+
+
+def _family(model: Any) -> str | None:
+    return family_of(model).not_shared
 
 
 def _attention(model: Any) -> str | None:
@@ -314,7 +319,7 @@ def _layers(model: Any) -> str | None:
 def _both_ways(model: Any) -> str | None:
     config = model.config.get_text_config()
     both = getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True)
-    return "its image tokens see what comes after them" if both or model.config.model_type.startswith(BOTH_WAYS) else None
+    return "its tokens see what comes after them" if both else None
 
 
 def _experts(model: Any) -> str | None:
@@ -332,7 +337,7 @@ def _dropout(model: Any) -> str | None:
     return f"it is trained with dropout {max(rates)}" if model.training and max(rates) > 0 else None
 
 
-_OBJECTIONS: tuple[Callable[[Any], str | None], ...] = (_attention, _layers, _both_ways, _experts, _dropout)
+_OBJECTIONS: tuple[Callable[[Any], str | None], ...] = (_family, _attention, _layers, _both_ways, _experts, _dropout)
 
 
 class Auto:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from vaopd.models.families import family_of
+from vaopd.models.families import family_of, position_ids
 from vaopd.models.forward import head_of, view_images
 from vaopd.types import ORIGINAL, Group, Prompt
 
@@ -143,7 +143,7 @@ class _State:
         body = model.model(
             input_ids=ids_R[:, None],
             attention_mask=self.attention_RL,
-            position_ids=self.next_R[None, :, None].expand(self.axes, -1, -1),
+            position_ids=position_ids(self.next_R[None, :, None].expand(self.axes, -1, -1)),
             cache=self.cache,
             use_cache=True,
         )
@@ -159,8 +159,16 @@ def _prefill(model: Any, prompts: Sequence[Prompt], k: int, view: str) -> _State
     positions_ABP = pad_sequence([place.T for place in places], batch_first=True, padding_side="left").permute(2, 0, 1).to(device)
     next_B = torch.tensor([int(place.max()) + 1 for place in places], device=device)
     cache = DynamicCache(config=model.config.get_text_config())
-    images = family.encode_images(model, [view_images(prompt, view) for prompt in prompts], [1] * len(prompts))
-    body = model.model(input_ids=ids_BP, attention_mask=attention_BP, position_ids=positions_ABP, cache=cache, use_cache=True, **images)
+    images = family.encode_images(model, prompts, [view_images(prompt, view) for prompt in prompts], [1] * len(prompts))
+    body = model.model(
+        input_ids=ids_BP,
+        attention_mask=attention_BP,
+        position_ids=position_ids(positions_ABP),
+        cache=cache,
+        use_cache=True,
+        **family.token_inputs(model, ids_BP),
+        **images,
+    )
     cache.batch_repeat_interleave(k)
     return _State(
         cache=cache,
