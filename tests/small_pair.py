@@ -20,7 +20,9 @@ from vaopd.data.sources import write_examples
 from vaopd.models.load import Source, load_model, open_source, save_model
 from vaopd.types import ORIGINAL, Example, Group, Prompt
 from vaopd.views import view
-from vaopd.world.draw import BOARD, sample_figure, texts
+from vaopd.world.draw import BOARD
+from vaopd.world.phrases import texts
+from vaopd.world.questions import sample_figure
 from vaopd.world.tiny import Size, build_model, build_processor
 
 STUDENT = Size(vision_hidden=32, vision_layers=2, hidden=48, layers=2)

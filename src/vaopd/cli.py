@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from vaopd import terminal
-from vaopd.config import ViewConfig, load_config, load_study
+from vaopd.config import ViewConfig, load_config, load_study, load_world
 from vaopd.errors import ConfigError, VaopdError, did_you_mean
 from vaopd.views import VIEWS
 
@@ -196,6 +196,21 @@ def report(
 ) -> None:
     """Write the HTML page of a run, a study, or several runs side by side."""
     _write_report(runs, out)
+
+
+@app.command()
+def world(
+    folder: Annotated[Path, typer.Argument(help="Where train.parquet, eval.parquet and test.parquet go.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Turn a knob of docs/world.md; may be repeated.")
+    ] = None,
+) -> None:
+    """Draw questions of the built-in world, in Geometry3K's schema."""
+    config = load_world(overrides or [])
+    from vaopd.world.data import export_world
+
+    for path in export_world(config, folder):
+        terminal.say(str(path))
 
 
 @app.command()

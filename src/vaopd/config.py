@@ -221,7 +221,7 @@ class RunConfig(_Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     forward: Literal["auto", "rows"] = Field("auto", description="auto: siblings share their prompt where it pays; rows: the reference")
-    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     seed: int = Field(0, ge=0)
 
     @field_validator("student", "teacher")
@@ -229,6 +229,13 @@ class RunConfig(_Strict):
     def _no_empty_name(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise ValueError("must be a folder, a hub name or builtin:NAME, found an empty text")
+        return value
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_tracker_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"must name each tracker once, found {', '.join(value)}")
         return value
 
     @model_validator(mode="after")
@@ -319,6 +326,14 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
         data = {"data": {"train": "train.jsonl"}} if study.world else {}
         parse_config({"run": "run", "method": method.model_dump(), **data, **study.recipe}, where=f"{path}: recipe")
     return study
+
+
+def load_world(overrides: Sequence[str] = ()) -> WorldConfig:
+    """The built-in world with some knobs turned, as `key=value`. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply(values, override)
+    return _parse(WorldConfig, values, "world")
 
 
 def parse_config(values: dict[str, Any], *, where: str = "configuration") -> RunConfig:

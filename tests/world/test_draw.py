@@ -3,42 +3,13 @@ import random
 import numpy as np
 import pytest
 
-from vaopd.evaluate.grade import is_correct
 from vaopd.views import pixelate
 from vaopd.world import draw
 
 
-@pytest.mark.parametrize(
-    ("kind", "labels", "working", "answer"),
-    [
-        ("perimeter", (3, 5, 4), "3+5=8, 8+4=12", "12"),
-        ("longest", (3, 9, 4), "9", "9"),
-        ("difference", (3, 9, 4), "9-3=6", "6"),
-        ("difference", (5, 5, 5), "5-5=0", "0"),
-    ],
-)
-def test_solve_by_hand(kind, labels, working, answer):
-    assert draw.solve(kind, labels) == (working, answer)
-
-
-def test_solutions_are_graded_right_and_name_the_labels():
-    rng = random.Random(0)
-    for _ in range(200):
-        figure = draw.sample_figure(rng)
-        assert is_correct(figure.solution, figure.answer)
-        assert f"{figure.labels[0]}, {figure.labels[1]} and {figure.labels[2]}" in figure.solution
-        assert not is_correct(figure.solution, str(int(figure.answer) + 1))
-
-
-def test_the_same_seed_draws_the_same_and_another_seed_does_not():
-    first, same, other = (draw.sample_figure(random.Random(seed)) for seed in (1, 1, 2))
-    assert first.image.tobytes() == same.image.tobytes()
-    assert first.image.tobytes() != other.image.tobytes()
-
-
 def test_labels_stand_left_to_right_and_pixelation_takes_them_away():
-    """Two pictures that differ in one label differ most in that third of the picture, and hardly once pixelated."""
-    one, two = (draw.draw_triangle(random.Random(4), labels) for labels in ((1, 5, 5), (8, 5, 5)))
+    """Two pictures that differ in one label differ only in that third of the picture, and hardly once pixelated."""
+    one, two = (draw.draw_polygon(random.Random(4), labels) for labels in ((1, 5, 5), (8, 5, 5)))
     difference = np.abs(np.asarray(one, float) - np.asarray(two, float)).sum(axis=(0, 2))
     assert difference[:32].sum() > 0
     assert difference[32:].sum() == 0
@@ -47,7 +18,34 @@ def test_labels_stand_left_to_right_and_pixelation_takes_them_away():
     assert blurred < seen / 2
 
 
+@pytest.mark.parametrize("labels", [(1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 5)])
+def test_every_label_is_on_the_board_and_left_of_the_next(labels):
+    """Where the picture changes when a label changes: inside the board, and further right for the next label."""
+    places = []
+    for index in range(len(labels)):
+        changed = [8 if i == index else label for i, label in enumerate(labels)]
+        one, two = (np.asarray(draw.draw_polygon(random.Random(2), numbers), float) for numbers in (labels, changed))
+        columns = np.flatnonzero(np.abs(one - two).sum(axis=(0, 2)))
+        places.append(columns.mean())
+        assert columns.min() > 0
+        assert columns.max() < draw.SIDE - 1
+    assert places == sorted(places)
+
+
 def test_board_is_the_background():
-    image = draw.draw_triangle(random.Random(0), (1, 2, 3))
+    image = draw.draw_polygon(random.Random(0), (1, 2, 3))
     assert image.size == (draw.SIDE, draw.SIDE)
     assert image.getpixel((0, 0)) == draw.BOARD
+
+
+def test_grain_is_noise_of_that_strength_and_the_same_for_the_same_seed():
+    plain, grainy, again = (np.asarray(draw.draw_polygon(random.Random(3), (1, 2, 3), grain=grain), float) for grain in (0, 6, 6))
+    assert (grainy - plain).std() == pytest.approx(6, rel=0.05)
+    assert (grainy == again).all()
+
+
+def test_label_size_changes_labels_and_nothing_else():
+    small, large = (np.asarray(draw.draw_polygon(random.Random(3), (8, 8, 8), label_size=size), float) for size in (10, 18))
+    white = [(np.asarray(picture) > 200).all(axis=2).sum() for picture in (small, large)]
+    assert white[1] > 1.5 * white[0]
+    assert (small[28:36, 28:36] == large[28:36, 28:36]).all()

@@ -21,7 +21,7 @@ from vaopd.evaluate.runner import advantage_summary
 from vaopd.train.step import layout
 from vaopd.types import DEGRADED, ORIGINAL, Example, Group, Prompt, Teacher
 from vaopd.views import VIEWS, View, view
-from vaopd.world.draw import sample_figure
+from vaopd.world.questions import sample_figure
 
 QUESTIONS_AT_ONCE = 16  # scored together: bounds the hidden states that are held
 TILE, GAP, CAPTION = 192, 8, 26  # pixels of the picture

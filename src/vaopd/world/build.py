@@ -13,13 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaopd.models.load import ImageOnlyQwen3VLProcessor, save_model
-from vaopd.world import draw
+from vaopd.config import WorldConfig
+from vaopd.models.load import save_model
+from vaopd.models.processors import ImageOnlyQwen3VLProcessor
+from vaopd.world.draw import BOARD, SIDE
+from vaopd.world.phrases import texts
+from vaopd.world.questions import DEFAULT, Figure, sample_figure, sample_reading
 from vaopd.world.tiny import Lesson, Phase, Size, build_model, build_processor, teach
 
-LARGE = Size(vision_hidden=96, vision_layers=3, hidden=128, layers=3)
-SMALL = Size(vision_hidden=64, vision_layers=2, hidden=64, layers=2)
+LARGE = Size(vision_hidden=96, vision_layers=3, hidden=128, layers=3)  # 1.3 million parameters
+MEDIUM = Size(vision_hidden=96, vision_layers=2, hidden=96, layers=2)  # 0.6
+SMALL = Size(vision_hidden=64, vision_layers=2, hidden=64, layers=2)  # 0.3
 DEGRADED = 0.15  # share of pictures shown pixelated while solving
+POOR_READING = 0.55  # share of digits right at which the reading of a pupil with this deficit is cut off
+SLIPS = 0.35  # share of operations that go wrong in what a pupil with an arithmetic deficit is taught
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Pupil:
 
 def make(pupil: Pupil, processor: ImageOnlyQwen3VLProcessor, folder: Path) -> None:
     """Train one model and save it as `folder/name` with `training.jsonl`, the log of its training."""
-    model = build_model(processor, pupil.size, side=draw.SIDE, seed=pupil.seed)
+    model = build_model(processor, pupil.size, side=SIDE, seed=pupil.seed)
     target, began = folder / pupil.name, time.process_time()
     target.mkdir(parents=True, exist_ok=True)
     with (target / "training.jsonl").open("w", encoding="utf-8") as log:
@@ -49,23 +56,28 @@ def make(pupil: Pupil, processor: ImageOnlyQwen3VLProcessor, folder: Path) -> No
     save_model(model, processor, target)
 
 
-def lesson(figure: draw.Figure) -> Lesson:
+def lesson(figure: Figure) -> Lesson:
     """A figure as a supervised sample."""
     return Lesson(figure.image, figure.problem, figure.solution)
 
 
-def world_pupils() -> Sequence[Pupil]:
-    """The teacher and the student that the package ships."""
-
-    def phases(reading: int, solving: int) -> tuple[Phase, ...]:
-        return (
-            Phase(lambda rng: lesson(draw.sample_reading(rng)), reading, batch=64, lr=1e-3),
-            Phase(lambda rng: lesson(draw.sample_figure(rng)), solving, batch=32, lr=1e-3, degraded=DEGRADED),
-        )
-
+def phases(world: WorldConfig, *, reading: int, solving: int, stop_at: float | None = None, slips: float = 0.0) -> tuple[Phase, ...]:
+    """Reading the labels first, then solving."""
     return (
-        Pupil("teacher", LARGE, phases(1000, 1300), seed=0),
-        Pupil("student", SMALL, phases(1200, 800), seed=10),
+        Phase(lambda rng: lesson(sample_reading(rng, world)), reading, batch=64, lr=1e-3, stop_at=stop_at),
+        Phase(lambda rng: lesson(sample_figure(rng, world, slips=slips)), solving, batch=32, lr=1e-3, degraded=DEGRADED),
+    )
+
+
+def world_pupils(world: WorldConfig = DEFAULT) -> Sequence[Pupil]:
+    """The models that the package ships: teachers of three sizes, and students that are short of reading, of arithmetic, or of both."""
+    return (
+        Pupil("teacher", LARGE, phases(world, reading=1000, solving=1300), seed=0),
+        Pupil("teacher-m", MEDIUM, phases(world, reading=1000, solving=1300), seed=100),
+        Pupil("teacher-s", SMALL, phases(world, reading=1600, solving=1600), seed=200),
+        Pupil("student", SMALL, phases(world, reading=1200, solving=800, stop_at=POOR_READING, slips=SLIPS), seed=10),
+        Pupil("student-reading", SMALL, phases(world, reading=1200, solving=800, stop_at=POOR_READING), seed=20),
+        Pupil("student-arithmetic", SMALL, phases(world, reading=1600, solving=1200, slips=SLIPS), seed=30),
     )
 
 
@@ -78,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - pupils.keys():
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(pupils)}")
-    processor = build_processor(draw.texts(), side=draw.SIDE, background=draw.BOARD)
+    processor = build_processor(texts(), side=SIDE, background=BOARD)
     for name in arguments.names or pupils:
         make(pupils[name], processor, arguments.folder)
 

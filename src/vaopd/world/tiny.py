@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from vaopd.models.load import ImageOnlyQwen3VLProcessor
+from vaopd.models.processors import ImageOnlyQwen3VLProcessor
 from vaopd.views import pixelate
 
 PATCH, MERGE = 8, 2
+STOP_BATCHES = 10
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
@@ -65,6 +67,7 @@ class Phase:
     lr: float
     degraded: float = 0.0  # share of pictures shown pixelated, so that the model is calibrated when it cannot see
     ratio: float = 0.1  # of the pixelation
+    stop_at: float | None = None  # ends the phase early, once this share of the digits is right: a mean over STOP_BATCHES batches
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -190,6 +193,10 @@ def teach(
 ) -> None:
     """Train on one phase by teacher forcing: AdamW, 100 steps of warm-up, cosine to a tenth, clipping at 1."""
     rng = random.Random(seed)
+    digits_V = torch.tensor(
+        [text.strip().isdigit() for text in processor.tokenizer.batch_decode([[i] for i in range(len(processor.tokenizer))])]
+    )
+    recent: deque[float] = deque(maxlen=STOP_BATCHES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, weight_decay=0.01, betas=(0.9, 0.98))
 
     def factor(step: int) -> float:
@@ -209,7 +216,20 @@ def teach(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == phase.steps:
-            correct = (logits.argmax(-1) == targets).float().mean().item()
-            log({"step": step, "loss": round(loss.item(), 4), "tokens_correct": round(correct, 4)})
+        right = logits.argmax(-1) == targets
+        is_digit = digits_V[targets]
+        recent.append(float(right[is_digit].float().mean()) if is_digit.any() else 0.0)
+        stop = phase.stop_at is not None and len(recent) == STOP_BATCHES and sum(recent) / STOP_BATCHES >= phase.stop_at
+        if step % 50 == 0 or step == phase.steps or stop:
+            digits = sum(recent) / len(recent)
+            log(
+                {
+                    "step": step,
+                    "loss": round(loss.item(), 4),
+                    "tokens_correct": round(float(right.float().mean()), 4),
+                    "digits": round(digits, 4),
+                }
+            )
+        if stop:
+            break
     model.eval()
