@@ -208,6 +208,7 @@ def test_a_damaged_folder_is_refused(teacher_folder: Path, file: str, damage: st
     path = teacher_folder / file
     content = {"truncated": path.read_text(encoding="utf-8")[:200], "emptied": "", "a list": "[]"}.get(damage)
     path.unlink() if content is None else path.write_text(content, encoding="utf-8")
+    (teacher_folder / "preprocessor_config.json").unlink()  # the older place of the image processor's settings, which would do
     with pytest.raises(ModelError, match="can't load"):
         open_source(str(teacher_folder))
 

@@ -39,13 +39,13 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
-    """Write `folder/step_NNNNNN` whole or not at all and make it the latest."""
+    """Write `folder/step_NNNNNN` whole or not at all and make it the latest. Frozen weights are left out: the recipe names them."""
     folder.mkdir(parents=True, exist_ok=True)
     final, unfinished = folder / f"step_{step:06d}", folder / f".unfinished_step_{step:06d}"
     for leftover in (unfinished, final):  # of a save that was killed, or of a run that was resumed before this step
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir()
-    save_file(_flat(model.state_dict()), unfinished / MODEL)
+    save_file(_flat(trained_tensors(model)), unfinished / MODEL)
     save_file(optimizer_tensors(model, optimizer), unfinished / OPTIMIZER)
     _write_json(unfinished / STATE, {**state, "step": step})
     _write_json(unfinished / MANIFEST, {name: _sha256(unfinished / name) for name in (MODEL, OPTIMIZER, STATE)})
@@ -125,14 +125,37 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and optimiser state back, to the bit. Raises CheckpointError when the model is another one."""
-    wanted = _flat(model.state_dict())
+    wanted = _flat(trained_tensors(model))
     if {k: v.shape for k, v in wanted.items()} != {k: v.shape for k, v in checkpoint.model.items()}:
         raise CheckpointError(f"checkpoint {checkpoint.path} belongs to another model than the recipe's student")
-    model.load_state_dict(checkpoint.model, strict=False)  # tied weights are stored once; the check above is the strict one
+    # Tied weights are stored once and frozen ones not at all; the check above is the strict one.
+    model.load_state_dict(checkpoint.model, strict=False)
     named_parameters = dict(model.named_parameters())
     for key, tensor in checkpoint.optimizer.items():
         name, _, slot = key.rpartition("/")
         optimizer.state[named_parameters[name]][slot] = tensor.to(named_parameters[name].device if slot != "step" else "cpu")
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state without its frozen parameters."""
+    frozen = frozen_tensors(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are not trained, under all of their names."""
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 over names and bytes, None for no tensors: whether frozen weights are those that a checkpoint was trained beside."""
+    if not tensors:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
