@@ -78,7 +78,8 @@ class Scores:
     """What the teacher says about one group's response tokens."""
 
     hidden_NG: Tensor  # (N, G) the teacher's states under the original view
-    logp_N: Mapping[str, Tensor]  # view -> (N,) fp32 log p_T(y_t | view, question, y_<t) at temperature 1
+    # view -> (N,) fp32 log p_T(y_t | view, question, y_<t) at temperature 1; empty where nothing reads them
+    logp_N: Mapping[str, Tensor]
 
 
 class ResponseForward(Protocol):
@@ -102,5 +103,5 @@ class Teacher(Protocol):
     def head(self) -> Head: ...
 
     def score(self, groups: Sequence[Group], views: Sequence[str]) -> list[Scores]:
-        """Scores under the original view and log-probabilities under each of `views`."""
+        """States under the original view, and log-probabilities under `views`: none, or the original one and any others."""
         ...

@@ -22,7 +22,7 @@ from vaopd.bench.results import Results, bars, to_json
 from vaopd.bench.rollout import engine_rollouts, generate_rollouts
 from vaopd.bench.run import make_plan, run_bench, write_details, write_json
 from vaopd.bench.shapes import Plan, Setting, Shape, Size, build_model, make_group, make_models, make_prompt, model_config
-from vaopd.bench.step import BOTH_VIEWS, ONE_VIEW, arithmetic_ratio, gradient_error, package_step, scaling_formula, step_variants
+from vaopd.bench.step import BOTH_VIEWS, NO_VIEWS, arithmetic_ratio, gradient_error, package_step, scaling_formula, step_variants
 from vaopd.bench.timing import Ratio, Times, over, take_turns
 from vaopd.bench.work import Work, counted, rows_work, shared_work
 from vaopd.errors import ConfigError
@@ -81,7 +81,7 @@ def test_the_baseline_computes_the_same(setting: Setting, view: str) -> None:
         )
 
 
-@pytest.mark.parametrize("views", [ONE_VIEW, BOTH_VIEWS])
+@pytest.mark.parametrize("views", [NO_VIEWS, BOTH_VIEWS])
 def test_both_steps_have_one_loss(setting: Setting, views: tuple[str, ...]) -> None:
     assert float(package_step(setting, views)) == pytest.approx(float(baseline_step(setting, views)), rel=1e-4)
 
@@ -123,6 +123,13 @@ def test_counts_are_those_of_the_formulas(setting: Setting, ragged: bool) -> Non
     both = replace(setting, groups=groups)
     assert counted(both, lambda: package_step(both, BOTH_VIEWS)) == shared_work(groups)
     assert counted(both, lambda: baseline_step(both, BOTH_VIEWS)) == rows_work(groups)
+
+
+def test_opd_multiplies_by_a_head_in_the_loss_alone(setting: Setting) -> None:
+    """Twice, by the teacher's and by the student's; its log-probabilities would be a third product that nothing reads."""
+    tokens = sum(setting.groups[0].lengths)
+    for way in (package_step, baseline_step):
+        assert counted(setting, lambda way=way: way(setting, NO_VIEWS)).head_rows == 2 * tokens  # type: ignore[misc]
 
 
 def test_whole_logits_are_counted(setting: Setting) -> None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from small_pair import Pair, make_group, random_responses, reference_logits, reference_states
+from vaopd.core import token_log_probs
 from vaopd.models.forward import rows
+from vaopd.teachers import local
 from vaopd.teachers.local import LocalTeacher
 from vaopd.types import DEGRADED, ORIGINAL, Group, Prompt, Scores
 
@@ -112,16 +114,28 @@ def test_a_text_only_prompt_has_one_score_for_all_views(pair: Pair, groups: list
     assert torch.equal(alone.logp_N[ORIGINAL], alone.logp_N[DEGRADED])
 
 
-def test_the_degraded_view_is_computed_only_where_it_is_asked_for(pair: Pair, groups: list[Group]) -> None:
-    seen = []
+@pytest.mark.parametrize("views", [(), (ORIGINAL,)])
+def test_only_what_is_asked_for_is_computed(
+    pair: Pair, groups: list[Group], views: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without views the states alone: no product with the head."""
+    seen, scored = [], []
 
     def recording(model: Any, batch: Sequence[Group], view: str) -> Tensor:
         seen.append(view)
         return rows(model, batch, view)
 
-    scores = make_teacher(pair, forward=recording).score(groups, (ORIGINAL,))
+    def counting(hidden_NG: Tensor, *rest: Any) -> Tensor:
+        scored.append(len(hidden_NG))
+        return token_log_probs(hidden_NG, *rest)
+
+    monkeypatch.setattr(local, "token_log_probs", counting)
+    scores = make_teacher(pair, forward=recording).score(groups, views)
     assert seen == [ORIGINAL]
-    assert all(set(score.logp_N) == {ORIGINAL} for score in scores)
+    assert scored == [sum(sum(group.lengths) for group in groups)] * len(views)
+    assert all(tuple(score.logp_N) == views for score in scores)
+    whole = make_teacher(pair).score(groups, VIEWS)
+    assert all(torch.equal(score.hidden_NG, other.hidden_NG) for score, other in zip(scores, whole, strict=True))
 
 
 def test_padded_rows_carry_no_probability(pair: Pair, groups: list[Group]) -> None:

@@ -1,7 +1,7 @@
 """The baseline: a step as other trainers compute it, one row per rollout, each with its own prompt and its own run of the vision tower.
 
 It is a fair one. The head sees response tokens alone, the last token of a row (which predicts nothing) is left out, the loss is the same
-fused loss, the attention the same kernel of torch; and plain OPD scores no log-probabilities, which it has no use for.
+fused loss, the attention the same kernel of torch; plain OPD scores no log-probabilities, here as there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def as_rows(groups: Sequence[Group], view: str, image_token: int) -> dict[str, T
 
 
 def baseline_step(setting: Setting, views: Sequence[str]) -> Tensor:
-    """Teacher, coefficients, the student's forward and backward; two views: VA-OPD, one: OPD. Returns the loss."""
+    """Teacher, coefficients, the student's forward and backward; with both views VA-OPD, with none OPD. Returns the loss."""
     student, teacher, groups = setting.student, setting.teacher, setting.groups
     heads = [head_of(model, setting.vocab) for model in (student, teacher)]
     student.zero_grad(set_to_none=True)

@@ -105,8 +105,7 @@ def load_of(name: str, shape: Shape) -> Load:
 def variant_flops(name: str, shape: Shape, student: Any, teacher: Any) -> int:
     """Of a variant of `step_variants`."""
     both = name.endswith("va")
-    # The package scores log-probabilities for OPD too; the baseline does not.
-    return step_flops(student, teacher, load_of(name, shape), views=1 + both, log_probs=both or name.startswith("shared"))
+    return step_flops(student, teacher, load_of(name, shape), views=1 + both, log_probs=both)
 
 
 def show_gpu(console: Console, *, P: int | None, T: int | None, K: int | None, rounds: int) -> None:

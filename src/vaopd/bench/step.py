@@ -20,7 +20,9 @@ from vaopd.teachers.local import LocalTeacher
 from vaopd.train.step import StudentLoss, advantages, layout
 from vaopd.types import DEGRADED, ORIGINAL
 
-ONE_VIEW, BOTH_VIEWS = (ORIGINAL,), (ORIGINAL, DEGRADED)
+# Whose log-probabilities the method reads: OPD, VA-OPD.
+NO_VIEWS: tuple[str, ...] = ()
+BOTH_VIEWS = (ORIGINAL, DEGRADED)
 WHOLE = 10**9  # tokens of a forward: everything at once, as in the baseline
 
 
@@ -60,9 +62,9 @@ def package_parts(setting: Setting) -> tuple[LocalTeacher, StudentLoss]:
 def step_variants(setting: Setting) -> dict[str, Callable[[], Tensor]]:
     """Both ways of computing, both methods."""
     return {
-        "rows opd": lambda: baseline_step(setting, ONE_VIEW),
+        "rows opd": lambda: baseline_step(setting, NO_VIEWS),
         "rows va": lambda: baseline_step(setting, BOTH_VIEWS),
-        "shared opd": lambda: package_step(setting, ONE_VIEW),
+        "shared opd": lambda: package_step(setting, NO_VIEWS),
         "shared va": lambda: package_step(setting, BOTH_VIEWS),
     }
 

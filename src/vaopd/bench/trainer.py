@@ -25,7 +25,7 @@ from transformers import PrinterCallback, Qwen2VLImageProcessorPil, TrainerCallb
 
 from vaopd.bench.baseline import DEADBAND
 from vaopd.bench.shapes import FRAMES, MERGE, MOST_SIDE, PATCH, Plan, Shape, build_model, image_side, model_config
-from vaopd.bench.step import BOTH_VIEWS, ONE_VIEW, WHOLE
+from vaopd.bench.step import BOTH_VIEWS, NO_VIEWS, WHOLE
 from vaopd.bench.timing import Ratio, Times, measure, over
 from vaopd.core import OPD, VAOPD, Weighting
 from vaopd.data.images import png_bytes
@@ -35,7 +35,7 @@ from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.hf import HFEngine, Sampling
 from vaopd.teachers.local import LocalTeacher
 from vaopd.train.step import StudentLoss, Tools, train_step
-from vaopd.types import Example
+from vaopd.types import ORIGINAL, Example
 from vaopd.views import view
 from vaopd.world.tiny import CHAT_TEMPLATE, build_tokenizer
 
@@ -140,7 +140,7 @@ def package_trainer(world: World, weighting: Weighting, views: tuple[str, ...]) 
         tokens_per_forward=WHOLE,
     )
     render = Renderer(world.processor, view("pixelate"))
-    return lambda: train_step([render(world.example, views)], 1, weighting, tools)
+    return lambda: train_step([render(world.example, views or (ORIGINAL,))], 1, weighting, tools)
 
 
 class _Turns(TrainerCallback):
@@ -165,7 +165,7 @@ def measure_trainers(plan: Plan) -> TrainerResult | None:
     if not installed():
         return None
     world = make_world(plan)
-    ours = {"opd": package_trainer(world, OPD(), ONE_VIEW), "va": package_trainer(world, VAOPD(), BOTH_VIEWS)}
+    ours = {"opd": package_trainer(world, OPD(), NO_VIEWS), "va": package_trainer(world, VAOPD(), BOTH_VIEWS)}
     turns = _Turns(ours)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,17 +15,28 @@ from vaopd.types import ORIGINAL, Group, ResponseForward, Scores
 
 
 class LocalTeacher:
-    """Scores responses with a frozen model: hidden states of the original view, log-probabilities of the sampled tokens of each view.
+    """Scores responses with a frozen model: states of the original view, log-probabilities of the sampled tokens where they are read.
 
     Args:
-        model: the teacher; its parameters are frozen here.
+        model: the teacher; its parameters are frozen here, unless they are the student's.
         vocab_size: the tokenizer's size.
         forward: how the hidden states are computed.
         tokens_per_forward: prompt and response tokens, with padding, of one forward pass.
+        within: for a model that is the student too: it is the teacher inside `within(model)` only (vaopd.models.lora.adapters_off).
     """
 
-    def __init__(self, model: Any, *, vocab_size: int, forward: ResponseForward, tokens_per_forward: int) -> None:
-        self.model, self.vocab_size = model.eval().requires_grad_(False), vocab_size
+    def __init__(
+        self,
+        model: Any,
+        *,
+        vocab_size: int,
+        forward: ResponseForward,
+        tokens_per_forward: int,
+        within: Callable[[Any], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        self.model, self.vocab_size, self.within = model, vocab_size, within
+        if within is None:
+            model.eval().requires_grad_(False)
         self.forward, self.tokens_per_forward = forward, tokens_per_forward
 
     @property
@@ -33,18 +45,23 @@ class LocalTeacher:
         return head_of(self.model, self.vocab_size)
 
     @torch.no_grad()
-    def score(self, groups: Sequence[Group], views: Sequence[str] = (ORIGINAL,)) -> list[Scores]:
-        """Scores of every group, in order; `views` always includes the original.
+    def score(self, groups: Sequence[Group], views: Sequence[str] = ()) -> list[Scores]:
+        """Scores of every group, in order, with log-probabilities under `views`: none, or the original one and any others.
 
-        A text-only prompt looks the same under every view, so it gets the same numbers, not a second rounding of them.
+        Without them the head is not multiplied: the divergence needs the states alone. A text-only prompt looks the same under every view,
+        so it gets the same numbers, not a second rounding of them.
         """
-        hidden = {ORIGINAL: self._hidden(groups, ORIGINAL)}
-        logp = {ORIGINAL: self._logp(groups, hidden[ORIGINAL])}
+        with self.within(self.model) if self.within else nullcontext():
+            return self._score(groups, views)
+
+    def _score(self, groups: Sequence[Group], views: Sequence[str]) -> list[Scores]:
+        hidden = self._hidden(groups, ORIGINAL)
+        logp = {ORIGINAL: self._logp(groups, hidden)} if views else {}
         for view in set(views) - {ORIGINAL}:
             pictured = [group for group in groups if group.prompt.images]
             scored = iter(self._logp(pictured, self._hidden(pictured, view)) if pictured else ())
             logp[view] = [next(scored) if g.prompt.images else same for g, same in zip(groups, logp[ORIGINAL], strict=True)]
-        return [Scores(hidden_NG, {view: logp[view][index] for view in logp}) for index, hidden_NG in enumerate(hidden[ORIGINAL])]
+        return [Scores(hidden_NG, {view: logp[view][index] for view in logp}) for index, hidden_NG in enumerate(hidden)]
 
     def _hidden(self, groups: Sequence[Group], view: str) -> list[Tensor]:
         """Per group (N, G)."""

@@ -118,7 +118,7 @@ def _one_step(run: Run, step: int) -> Metrics:
     indices = example_indices(run.config.seed, step, len(run.train), optim.prompts_per_step, last=last)
     accelerator = run.tools.accelerator
     share = indices[accelerator.process_index :: accelerator.num_processes]
-    prompts = [run.renderer(run.train[index], run.tools.views) for index in share]
+    prompts = [run.renderer(run.train[index], run.tools.views or (ORIGINAL,)) for index in share]
     rate = learning_rate(optim, step, run.steps)
     for group in run.tools.optimizer.param_groups:
         group["lr"] = rate

@@ -177,7 +177,7 @@ def _tools(config: RunConfig, accelerator: Accelerator, loss: StudentLoss, teach
         student_loss=prepared,
         optimizer=optimizer,
         accelerator=accelerator,
-        views=(ORIGINAL,) if config.method.name in READS_THE_IMAGE_ONCE else (ORIGINAL, DEGRADED),
+        views=() if config.method.name in READS_THE_IMAGE_ONCE else (ORIGINAL, DEGRADED),
         k=1 if config.method.off_policy else config.rollouts.k,
         deadband=config.deadband,
         clip=optim.clip,

@@ -30,7 +30,7 @@ class Tools:
     student_loss: nn.Module  # a prepared StudentLoss
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
-    views: tuple[str, ...]  # the teacher's views: the original one, and the degraded one where the weighting reads it
+    views: tuple[str, ...]  # whose log-probabilities the weighting reads: both of eq. 2, or none
     k: int
     deadband: float
     clip: float
@@ -49,7 +49,7 @@ def train_step(prompts: Sequence[Prompt], step: int, weighting: Weighting, tools
     if scored_prompts == 0:
         return rollout_metrics(rollouts, groups)
 
-    # 2. The teacher scores every response token, looking at the image and at its degraded view.
+    # 2. The teacher reads every response, looking at the image. Where eq. 2 is read, it scores each token with and without that sight.
     scores = tools.teacher.score(groups, tools.views) if tools.teacher and groups else []
     if anywhere(tools.accelerator, not finite(scores)):
         return rollout_metrics(rollouts, groups) | {"nonfinite": 1}
@@ -126,7 +126,7 @@ def layout(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
 
 
 def advantages(groups: Sequence[Group], scores: Sequence[Scores], deadband: float) -> Tensor:
-    """(N,) eq. 2; zero where only the original view was scored, as for OPD and sft: no token is called visual."""
+    """(N,) eq. 2; zero where the degraded view was not scored, as for OPD and sft: no token is called visual."""
     if not scores or DEGRADED not in scores[0].logp_N:
         return torch.zeros(sum(sum(group.lengths) for group in groups))
     original_N, degraded_N = (torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED))
