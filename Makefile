@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Several of torch's threads on a busy machine wait for one another by spinning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo easy-vqa bench test test-slow test-peers check format models clean
+.PHONY: demo easy-vqa bench test test-slow test-peers check format models calibrate clean
 
 demo: .venv/ready  ## OPD and VA-OPD on the built-in world, evaluation and report: runs/demo/report.html
 	$(BIN)/vaopd study demo
@@ -33,6 +33,11 @@ check: .venv/ready  ## style and types
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+calibrate: .venv/ready  ## positive controls of the built-in world: the table of docs/world.md (about half an hour)
+	$(BIN)/vaopd study calibration
+	$(BIN)/vaopd study calibration --set run=runs/calibration/half --set recipe.optim.steps=100
+	$(BIN)/python -m vaopd.analysis.calibration runs/calibration/full runs/calibration/half
 
 models: .venv/ready  ## retrain the models of the built-in world from their seeds (about 20 minutes)
 	$(BIN)/python -m vaopd.world.build src/vaopd/world/models
