@@ -290,12 +290,13 @@ def make_small(model_type: str, *, pad: int = 0, hidden: int = 48, seed: int = 1
 
 
 def small_examples() -> list[Example]:
-    """One image cut into tiles, one that is small, two in one prompt, none: lengths and grids differ."""
+    """One wide image, a square one, two in one prompt, none, and another one of the first's size: lengths, tiles and grids differ."""
     return [
         example("wide", "How long is the longest side?", picture(64, 32, 1)),
-        example("small", "Find the perimeter.", picture(32, 32, 2)),
+        example("square", "Find the perimeter.", picture(32, 32, 2)),
         example("two", "<image> and <image> which is the longest?", picture(32, 64, 3), picture(48, 32, 4)),
         example("text", "How long is the figure?"),
+        example("wide again", "How long is the longest side?", picture(64, 32, 5)),
     ]
 
 

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from vaopd.errors import ModelError, did_you_mean
 from vaopd.models.families import Family, family_of
 from vaopd.models.processors import PREFIX
-from vaopd.models.processors import ImageOnlyQwen3VLProcessor as ImageOnlyQwen3VLProcessor
 
 BUILTIN = "builtin:"
 
@@ -189,6 +188,21 @@ def _pixels(student: Source, teacher: Source) -> str | None:
     return "image processor: " + "; ".join(f"{key} is {ours.get(key)} in the student, {theirs.get(key)} in the teacher" for key in keys)
 
 
+def _placeholders(student: Source, teacher: Source) -> str | None:
+    """What a processor says of itself, such as the number of placeholders for a tile."""
+    ours, theirs = (
+        {
+            key: value
+            for key, value in source.processor.to_dict().items()
+            if isinstance(value, int | float | str) and key != "processor_class"
+        }
+        for source in (student, teacher)
+    )
+    unequal = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    differences = [f"{key} is {ours.get(key)} in the student, {theirs.get(key)} in the teacher" for key in unequal]
+    return f"image placeholders: {'; '.join(differences)}" if differences else None
+
+
 def _head_width(student: Source, teacher: Source) -> str | None:
     short = [
         f"{source.name} has {width} rows for {source.vocab_size} token ids"
@@ -198,7 +212,15 @@ def _head_width(student: Source, teacher: Source) -> str | None:
     return f"LM head: {'; '.join(short)}" if short else None
 
 
-_GATES: tuple[Callable[[Source, Source], str | None], ...] = (_vocabulary, _special_ids, _ends, _chat_format, _pixels, _head_width)
+_GATES: tuple[Callable[[Source, Source], str | None], ...] = (
+    _vocabulary,
+    _special_ids,
+    _ends,
+    _chat_format,
+    _pixels,
+    _placeholders,
+    _head_width,
+)
 
 
 def _eos_ids(path: str, processor: Any) -> frozenset[int]:
