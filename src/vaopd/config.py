@@ -157,7 +157,7 @@ class OptimConfig(_Strict):
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    tokens_per_forward: int = Field(16384, ge=1, description="prompt and response tokens, with padding, of one micro-batch")
+    tokens_per_forward: int = Field(16384, ge=1, description="of one micro-batch: each prompt once where siblings share it, else padded rows")
     train_vision: bool = True
     checkpointing: bool = Field(False, description="recompute activations in the backward: less memory, about a third more time")
 

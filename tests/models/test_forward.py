@@ -14,7 +14,8 @@ from torch import Tensor
 
 from small_pair import Pair, make_group, picture, random_responses, reference_logits, reference_states
 from vaopd.models import families, forward
-from vaopd.models.forward import continue_positions, head_of, micro_batches, rows
+from vaopd.models.forward import continue_positions, head_of, micro_batches, padded_tokens, rows
+from vaopd.models.shared_prompt import packed_tokens
 from vaopd.types import DEGRADED, ORIGINAL, Group, Prompt
 
 RAGGED = [(4, 1, 7), (3, 3), (5, 2), (2, 6, 1), (1, 4)]  # lengths of the siblings of each prompt
@@ -229,17 +230,26 @@ def fake_groups(prompt_lengths: list[int], response_lengths: list[list[int]]) ->
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 20), min_size=0, max_size=5)), min_size=1, max_size=6),
     st.integers(1, 400),
+    st.sampled_from([padded_tokens, packed_tokens]),
 )
-def test_micro_batches_keep_order_and_budget(shape: list[tuple[int, list[int]]], budget: int) -> None:
+def test_micro_batches_keep_order_and_budget(shape: list[tuple[int, list[int]]], budget: int, count: Callable[..., int]) -> None:
     groups = fake_groups([length for length, _ in shape], [siblings for _, siblings in shape])
-    batches = list(micro_batches(groups, budget))
+    batches = list(micro_batches(groups, budget, count))
     flat = [(g.prompt.id, r.tolist(), e) for g in groups for r, e in zip(g.responses, g.ended_K, strict=True)]
     again = [(g.prompt.id, r.tolist(), e) for batch in batches for g in batch for r, e in zip(g.responses, g.ended_K, strict=True)]
     assert again == flat
     for batch in batches:
         lengths = [len(group.prompt.ids_P) + len(response) for group in batch for response in group.responses]
         assert lengths, "an empty micro-batch"
-        assert len(lengths) * max(lengths) <= budget or len(lengths) == 1
+        size = len(lengths) * max(lengths) if count is padded_tokens else sum(len(g.prompt.ids_P) + sum(g.lengths) for g in batch)
+        assert size <= budget or len(lengths) == 1
+
+
+def test_packed_batches_are_larger() -> None:
+    """P = 10, T = 5, K = 5: a row has 15 tokens, so 60 hold four rows; packed, they hold a group of 35 and three siblings of the next."""
+    groups = fake_groups([10, 10], [[5] * 5, [5] * 5])
+    assert [[len(g.responses) for g in batch] for batch in micro_batches(groups, 60)] == [[4], [1, 3], [2]]
+    assert [[len(g.responses) for g in batch] for batch in micro_batches(groups, 60, packed_tokens)] == [[5, 3], [2]]
 
 
 @settings(max_examples=50, deadline=None)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from small_pair import Pair, make_group, random_responses
 from vaopd.models import shared_prompt
-from vaopd.models.forward import rows
-from vaopd.models.shared_prompt import LAYOUT, NAME, Auto, Spans, shared, split_attention, token_ratio, why_not_shared
+from vaopd.models.forward import counted_by, micro_batches, padded_tokens, rows
+from vaopd.models.shared_prompt import LAYOUT, NAME, Auto, Spans, packed_tokens, shared, split_attention, token_ratio, why_not_shared
 from vaopd.types import ORIGINAL, Group, Prompt, ResponseForward
 
 SQUARE, TEXT = 0, 3  # prompts of the fixture
@@ -186,6 +186,59 @@ def test_images_in_a_response_are_left_to_rows(pair: Pair, prompts: list[Prompt]
     image = torch.tensor([300, pair.student.config.image_token_id, 301])
     group = Group(prompts[TEXT], (image, *random_responses((3,))), (True, True))
     assert used(Auto(), pair.student, [group]) == "rows"
+
+
+# --- the token budget -------------------------------------------------------------------------------------------------
+
+
+def sent(way: ResponseForward, model: Any, groups: Sequence[Group], budget: int) -> list[tuple[int, int]]:
+    """Rollouts of each micro-batch, and the positions that it sends through the decoder. `way` has been called before."""
+    seen: list[tuple[int, int]] = []
+    for batch in micro_batches(groups, budget, counted_by(way, model)):
+        seen.append((sum(len(group.responses) for group in batch), positions(way, model, batch)))
+    return seen
+
+
+def positions(way: ResponseForward, model: Any, groups: Sequence[Group]) -> int:
+    """That go through the decoder, padding included."""
+    sizes: list[int] = []
+    hook = model.get_decoder().layers[0].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[:-1].numel()))
+    states(way, model, groups)
+    hook.remove()
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("budget", [40, 90, 150, 400])
+def test_no_batch_exceeds_the_budget_however_it_is_computed(pair: Pair, groups: list[Group], budget: int) -> None:
+    """Counted on the model itself: packed rows, rows, and the mixture that the ratio of each batch asks for."""
+    for way in (Auto(least_ratio=1.0), rows, Auto(least_ratio=1.6)):
+        states(way, pair.student, groups)
+        batches = sent(way, pair.student, groups, budget)
+        assert sum(rollouts for rollouts, _ in batches) == 15
+        assert all(tokens <= budget or rollouts == 1 for rollouts, tokens in batches)
+
+
+def test_packed_rows_fill_the_budget(pair: Pair, groups: list[Group]) -> None:
+    """All fifteen siblings fit in one packed row for which padded rows would need several forwards."""
+    auto, budget = Auto(), packed_tokens(groups)
+    states(auto, pair.student, groups)
+    ((rollouts, tokens),) = sent(auto, pair.student, groups, budget)
+    assert (rollouts, tokens) == (15, budget - 15)  # the last token of a response is left out
+    assert len(sent(rows, pair.student, groups, budget)) >= 2
+
+
+def test_the_count_is_that_of_rows_where_siblings_cannot_share(pair: Pair, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a known reason from the start, and once the check has found a difference. The check itself changes no count."""
+    auto, apart = Auto(), pair.fresh()
+    sinks(apart)
+    assert auto.tokens(apart, groups) == padded_tokens(groups) > packed_tokens(groups)
+    assert auto.tokens(pair.student, groups) == packed_tokens(groups)
+    states(auto, pair.student, groups)
+    assert auto.tokens(pair.student, groups) == packed_tokens(groups)
+    positions_from_zero(monkeypatch)
+    differing = pair.fresh()
+    states(auto, differing, groups)
+    assert auto.tokens(differing, groups) == padded_tokens(groups)
 
 
 # --- the switch -------------------------------------------------------------------------------------------------------

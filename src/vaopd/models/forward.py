@@ -5,7 +5,8 @@ The reference for faster ways of computing the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vaopd.core import Head
 from vaopd.models.families import family_of, position_ids
-from vaopd.types import Group, Prompt
+from vaopd.types import Group, Prompt, ResponseForward
 
 
 def view_images(prompt: Prompt, view: str) -> Any:
@@ -75,26 +76,37 @@ def head_of(model: Any, vocab_size: int) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), vocab_size=vocab_size)
 
 
-def micro_batches(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
-    """Split groups, inside a group too, so that prompt and response tokens with padding stay within `tokens` where possible.
+def padded_tokens(groups: Sequence[Group]) -> int:
+    """Prompt and response tokens of one row per rollout, all padded to the longest."""
+    lengths = [len(group.prompt.ids_P) + length for group in groups for length in group.lengths]
+    return len(lengths) * max(lengths, default=0)
+
+
+def counted_by(forward: ResponseForward, model: Any) -> Callable[[Sequence[Group]], int]:
+    """How many tokens this forward sends through the model for a batch: what its `tokens(model, groups)` says, else padded rows."""
+    tokens = getattr(forward, "tokens", None)
+    return padded_tokens if tokens is None else partial(tokens, model)
+
+
+def micro_batches(
+    groups: Sequence[Group], tokens: int, count: Callable[[Sequence[Group]], int] = padded_tokens
+) -> Iterator[Sequence[Group]]:
+    """Split groups, inside a group too, so that each micro-batch has at most `tokens` tokens by the `count` of the forward that is used.
 
     Order is kept, so the concatenation of all results over the micro-batches is the result of the whole.
-    A single rollout longer than `tokens` is a micro-batch of its own. `sampler_logp_N` isn't carried over.
+    A single rollout longer than `tokens` is a micro-batch of its own. Where a group is cut, `sampler_logp_N` isn't carried over.
     """
+    if (whole := [group for group in groups if group.responses]) and count(whole) <= tokens:
+        yield whole
+        return
     batch: list[Group] = []
-    count = longest = 0
-    for group in groups:
+    for group in whole:
         taken: list[int] = []
-        for index, response in enumerate(group.responses):
-            length = len(group.prompt.ids_P) + len(response)
-            if count and max(longest, length) * (count + 1) > tokens:
-                if taken:
-                    batch.append(group.take(taken))
-                yield batch
-                batch, taken, count, longest = [], [], 0, 0
-            taken.append(index)
-            count, longest = count + 1, max(longest, length)
-        if taken:
-            batch.append(group.take(taken))
+        for sibling in range(len(group.responses)):
+            if (batch or taken) and count([*batch, group.take([*taken, sibling])]) > tokens:
+                yield [*batch, group.take(taken)] if taken else batch
+                batch, taken = [], []
+            taken.append(sibling)
+        batch.append(group.take(taken))
     if batch:
         yield batch

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vaopd.models.families import family_of, position_ids
-from vaopd.models.forward import continue_positions, rows, view_images
+from vaopd.models.forward import continue_positions, padded_tokens, rows, view_images
 from vaopd.types import Group, Prompt
 
 log = logging.getLogger(__name__)
@@ -69,11 +69,15 @@ def shared(model: Any, groups: Sequence[Group], view: str) -> Tensor:
     return body.last_hidden_state[0].index_select(0, packed.predicting_N.to(device))
 
 
+def packed_tokens(groups: Sequence[Group]) -> int:
+    """Prompt and response tokens with every prompt once: Σ (P + Σ T)."""
+    return sum(len(group.prompt.ids_P) + sum(group.lengths) for group in groups)
+
+
 def token_ratio(groups: Sequence[Group]) -> float:
     """Tokens of prompts and responses, one row per rollout, over those with every prompt once: Σ K(P + T) / Σ (P + Σ T)."""
     apart = sum(len(group.prompt.ids_P) + length for group in groups for length in group.lengths)
-    together = sum(len(group.prompt.ids_P) + sum(group.lengths) for group in groups)
-    return apart / max(together, 1)
+    return apart / max(packed_tokens(groups), 1)
 
 
 def _image_in_response(model: Any, groups: Sequence[Group]) -> str | None:
@@ -352,27 +356,46 @@ class Auto:
 
     def __init__(self, least_ratio: float = 1.3) -> None:
         self.least_ratio = least_ratio
-        self._reasons: WeakKeyDictionary[nn.Module, dict[bool, str | None]] = WeakKeyDictionary()
+        self._reasons: WeakKeyDictionary[nn.Module, dict[bool, str | None]] = WeakKeyDictionary()  # by the model's mode
+        self._checked: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()
 
     def __call__(self, model: Any, groups: Sequence[Group], view: str) -> Tensor:
         """(N, H) over all groups, in order."""
         # Before the ratio is looked at: processes that share the model's weights between them must all check, or none.
-        reason = self._reason(model, groups, view)
-        pays = token_ratio(groups) >= self.least_ratio
-        share = reason is None and pays and _image_in_response(model, groups) is None
-        return (shared if share else rows)(model, groups, view)
+        self._check(model, groups, view)
+        return (shared if self._shares(model, groups) else rows)(model, groups, view)
 
-    def _reason(self, model: Any, groups: Sequence[Group], view: str) -> str | None:
+    def tokens(self, model: Any, groups: Sequence[Group]) -> int:
+        """What a call with these groups sends through the model: each prompt once where they share it, else padded rows.
+
+        It never depends on whether the check has run, so a resumed run cuts the same micro-batches; a model that fails the check gets
+        rows in a batch that was cut for sharing, once.
+        """
+        return packed_tokens(groups) if self._shares(model, groups) else padded_tokens(groups)
+
+    def _shares(self, model: Any, groups: Sequence[Group]) -> bool:
+        pays = token_ratio(groups) >= self.least_ratio
+        return pays and self._reason(model) is None and _image_in_response(model, groups) is None
+
+    def _reason(self, model: Any) -> str | None:
+        """Why this model, in this mode, gets rows: as far as is known."""
         known = self._reasons.setdefault(model, {})
         if model.training not in known:
-            known[model.training] = why_not_shared(model) or _differs(model, groups, view)
-            if known[model.training] is not None:
-                log.warning(
-                    "siblings do not share their prompt in this %s: %s. They are computed row by row: the same result, more slowly.",
-                    type(model).__name__,
-                    known[model.training],
-                )
+            known[model.training] = why_not_shared(model)
         return known[model.training]
+
+    def _check(self, model: Any, groups: Sequence[Group], view: str) -> None:
+        done = self._checked.setdefault(model, set())
+        if model.training in done:
+            return
+        done.add(model.training)
+        reason = self._reasons[model][model.training] = self._reason(model) or _differs(model, groups, view)
+        if reason is not None:
+            log.warning(
+                "siblings do not share their prompt in this %s: %s. They are computed row by row: the same result, more slowly.",
+                type(model).__name__,
+                reason,
+            )
 
 
 def _differs(model: Any, groups: Sequence[Group], view: str) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaopd.core import Head, token_log_probs
-from vaopd.models.forward import head_of, micro_batches
+from vaopd.models.forward import counted_by, head_of, micro_batches
 from vaopd.types import ORIGINAL, Group, ResponseForward, Scores
 
 
@@ -21,7 +21,7 @@ class LocalTeacher:
         model: the teacher; its parameters are frozen here, unless they are the student's.
         vocab_size: the tokenizer's size.
         forward: how the hidden states are computed.
-        tokens_per_forward: prompt and response tokens, with padding, of one forward pass.
+        tokens_per_forward: prompt and response tokens of one forward pass, as `forward` counts them.
         within: for a model that is the student too: it is the teacher inside `within(model)` only (vaopd.models.lora.adapters_off).
     """
 
@@ -65,7 +65,8 @@ class LocalTeacher:
 
     def _hidden(self, groups: Sequence[Group], view: str) -> list[Tensor]:
         """Per group (N, G)."""
-        hidden_NG = torch.cat([self.forward(self.model, batch, view) for batch in micro_batches(groups, self.tokens_per_forward)])
+        batches = micro_batches(groups, self.tokens_per_forward, counted_by(self.forward, self.model))
+        hidden_NG = torch.cat([self.forward(self.model, batch, view) for batch in batches])
         return list(hidden_NG.split([sum(group.lengths) for group in groups]))
 
     def _logp(self, groups: Sequence[Group], hidden: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaopd.core import Weighting, fused_weighted_divergence, token_coefficients, token_log_probs, visual_advantage
-from vaopd.models.forward import head_of, micro_batches
+from vaopd.models.forward import counted_by, head_of, micro_batches
 from vaopd.train.step import layout
 from vaopd.types import DEGRADED, ORIGINAL, Group, ResponseForward, Teacher
 
@@ -48,7 +48,8 @@ def score_groups(
     logp = {view: torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED)}
     a_N = visual_advantage(logp[ORIGINAL], logp[DEGRADED], deadband=deadband)
     c_N = token_coefficients(a_N, *layout(whole), weighting)
-    hidden_NH = torch.cat([forward(student, batch, ORIGINAL) for batch in micro_batches(whole, tokens_per_forward)])
+    batches = micro_batches(whole, tokens_per_forward, counted_by(forward, student))
+    hidden_NH = torch.cat([forward(student, batch, ORIGINAL) for batch in batches])
     head = head_of(student, vocab_size)
     hidden_NG = torch.cat([score.hidden_NG for score in scores])
     _, kl_N = fused_weighted_divergence(hidden_NH, head, hidden_NG, teacher.head, c_N, divergence=divergence)

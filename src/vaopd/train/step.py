@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vaopd.core import Head, Weighting, fused_weighted_divergence, token_coefficients, token_log_probs, visual_advantage
-from vaopd.models.forward import head_of, micro_batches
+from vaopd.models.forward import counted_by, head_of, micro_batches
 from vaopd.train.metrics import Metrics, rollout_metrics, score_metrics, weight_metrics
 from vaopd.types import DEGRADED, ORIGINAL, Group, Prompt, ResponseForward, RolloutEngine, Scores, Teacher
 
@@ -137,7 +137,8 @@ def backward(groups: Sequence[Group], scores: Sequence[Scores], c_N: Tensor, nor
     """Accumulate the gradient of eq. 6 over micro-batches; returns this process' share of the loss and the tokens' divergence."""
     hidden_NG = torch.cat([score.hidden_NG for score in scores]) if scores else None
     head = tools.teacher.head if tools.teacher else None
-    batches = list(micro_batches(groups, tools.tokens_per_forward)) or [[]]
+    student: StudentLoss = tools.accelerator.unwrap_model(tools.student_loss)
+    batches = list(micro_batches(groups, tools.tokens_per_forward, counted_by(student.response_forward, student.model))) or [[]]
     loss, start, kl = 0.0, 0, []
     for index, batch in enumerate(batches):
         tokens = slice(start, start := start + sum(sum(group.lengths) for group in batch))
