@@ -1,4 +1,4 @@
-"""Every family against transformers alone: rendering, both ways of the forward and their gradients, rollouts, saving; faults and refusals."""
+"""Every family against transformers alone: rendering, both forwards and their gradients, rollouts, saving; faults and refusals."""
 
 from __future__ import annotations
 
