@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from vaopd.data.images import decode
 from vaopd.evaluate.held_out import SCORED_SIBLINGS, decoder, evaluate_model, sampler
 from vaopd.evaluate.runner import Answers, answer, gain
 from vaopd.models.load import load_model
+from vaopd.models.lora import adapters, adapters_off
 from vaopd.train.metrics import Metrics
 from vaopd.train.samples import Scored, score_groups, token_pieces
 from vaopd.train.setup import Run, held_out_sampling, weighting_of
@@ -40,23 +42,25 @@ def final_evaluation(run: Run, on_final: Callable[[str, int, int], None]) -> dic
     config = run.config
     models = {"trained": run.student}
     if config.eval.baselines:
-        models["student"] = load_model(run.source, dtype=torch.float32).to(run.student.device)
-        if run.teacher:
+        in_place = bool(adapters(run.student))  # the untrained student is the trained one with its adapters off
+        models["student"] = run.student if in_place else load_model(run.source, dtype=torch.float32).to(run.student.device)
+        if run.teacher and not config.self_taught:  # of which the untrained student's entry says everything
             models["teacher"] = run.teacher.model
     entries = {}
     for name, model in models.items():
-        entries[name] = evaluate_model(
-            model,
-            run.source,
-            run.test,
-            run.renderer,
-            held_out_sampling(config, config.seed + FINAL_NOISE),
-            k=config.eval.k,
-            teacher=run.teacher,
-            deadband=config.deadband,
-            rows=config.rollouts.rows,
-            on_progress=lambda done, of, name=name: on_final(name, done, of),  # type: ignore[misc]
-        )
+        with adapters_off(model) if name == "student" and in_place else nullcontext():
+            entries[name] = evaluate_model(
+                model,
+                run.source,
+                run.test,
+                run.renderer,
+                held_out_sampling(config, config.seed + FINAL_NOISE),
+                k=config.eval.k,
+                teacher=run.teacher,
+                deadband=config.deadband,
+                rows=config.rollouts.rows,
+                on_progress=lambda done, of, name=name: on_final(name, done, of),  # type: ignore[misc]
+            )
     return summarise(entries, questions=len(run.test), k=config.eval.k)
 
 

@@ -12,8 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vaopd.config import RunConfig
 from vaopd.errors import CheckpointError, TrainingStopped
-from vaopd.models.load import save_model
+from vaopd.models.export import export_model
+from vaopd.models.lora import adapters, save_adapter
 from vaopd.train import checkpoint
+from vaopd.train.card import write_card
 from vaopd.train.evaluation import evaluate_step, final_evaluation
 from vaopd.train.folder import RunFolder
 from vaopd.train.health import noise_floor, noise_warning, peak_memory, truncation_warning
@@ -84,6 +86,11 @@ def _resume(run: Run) -> int:
     if found is None:
         run.folder.rewind(-1)
         return -1
+    if found.state.get("frozen") != run.state["frozen"]:
+        raise CheckpointError(
+            f"checkpoint {found.path} was trained beside other frozen weights than {run.source.name} has now. "
+            "Put the model back as it was, or start another run: --set run=FOLDER"
+        )
     checkpoint.restore(found, run.student, run.tools.optimizer)
     step = found.state.pop("step")
     run.state = found.state
@@ -180,6 +187,10 @@ def _finish(run: Run, progress: Progress) -> None:
     if best is None:
         raise CheckpointError(f"{run.folder.checkpoints} names no best checkpoint. Go on with --resume")
     checkpoint.restore(checkpoint.load(best), run.student, run.tools.optimizer)
-    save_model(run.student, run.source.processor, run.folder.path / "model")
-    if run.test:
-        run.folder.write_json("eval.json", final_evaluation(run, progress.on_final))
+    export = export_model(run.student, run.source, run.folder.path / "model")
+    if adapters(run.student):
+        save_adapter(run.student, run.folder.path / "adapter", base=run.config.student)
+    result = final_evaluation(run, progress.on_final) if run.test else None
+    if result:
+        run.folder.write_json("eval.json", result)
+    write_card(run, export, result)

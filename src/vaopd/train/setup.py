@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +20,18 @@ from vaopd.errors import ConfigError, DataError
 from vaopd.evaluate.held_out import sampler
 from vaopd.models.forward import rows
 from vaopd.models.load import Source, check_agreement, load_model, open_source
+from vaopd.models.lora import adapters_off, add_adapters, check_lora
 from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.given import GivenEngine
 from vaopd.rollouts.hf import Sampling
 from vaopd.teachers.local import LocalTeacher
+from vaopd.train.checkpoint import fingerprint, frozen_tensors
 from vaopd.train.folder import RunFolder
 from vaopd.train.schedule import total_steps
 from vaopd.train.step import StudentLoss, Tools
 from vaopd.types import DEGRADED, ORIGINAL, Example, ResponseForward, RolloutEngine
+
+log = logging.getLogger(__name__)
 
 WEIGHTINGS: dict[str, Callable[..., core.Weighting]] = {
     "va_opd": core.VAOPD,
@@ -57,8 +62,9 @@ class Run:
     forward: ResponseForward
     tools: Tools
     steps: int
-    # What a checkpoint has beside weights and optimiser: non-finite steps in a row, and the best evaluation so far.
-    state: dict[str, Any] = field(default_factory=lambda: {"nonfinite_streak": 0, "best": None})
+    # What a checkpoint has beside weights and optimiser: non-finite steps in a row, the best evaluation so far, and the sum of the
+    # frozen weights.
+    state: dict[str, Any] = field(default_factory=lambda: {"nonfinite_streak": 0, "best": None, "frozen": None})
     warned_of_truncation: bool = False
 
 
@@ -68,22 +74,29 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     _check_divergence(config)
     degrade = config.view.make()
     source = open_source(config.student)
-    teacher_source = open_source(config.teacher) if config.teacher else None
+    teacher_source = open_source(config.teacher) if config.teacher and not config.self_taught else None
     if teacher_source:
         check_agreement(source, teacher_source)
         on_check("vocabulary ok · control tokens ok · chat format ok · pixels ok")
+    if config.lora:
+        on_check(f"adapters of rank {config.lora.rank} on {', '.join(check_lora(config.lora, source.config))}")
     renderer = Renderer(source.processor, degrade)
     training, held_out, test = read_data(config, on_check)
 
     accelerator = Accelerator(mixed_precision=precision(config))
     student = load_student(config, source, accelerator)
     forward: ResponseForward = rows if config.forward == "rows" else Auto()
-    teacher = load_teacher(config, teacher_source, forward, accelerator) if teacher_source else None
+    if config.self_taught:
+        teacher: LocalTeacher | None = self_teacher(config, source, student, forward)
+    else:
+        teacher = load_teacher(config, teacher_source, forward, accelerator) if teacher_source else None
     engine = _engine(config, source, student, training, renderer)
     loss = StudentLoss(student, vocab_size=source.vocab_size, forward=forward, loss=config.loss)
     tools = _tools(config, accelerator, loss, teacher, engine)
     steps = total_steps(config.optim, len(training))
-    return Run(config, RunFolder(config.run), source, student, teacher, renderer, training, held_out, test, forward, tools, steps)
+    run = Run(config, RunFolder(config.run), source, student, teacher, renderer, training, held_out, test, forward, tools, steps)
+    run.state["frozen"] = fingerprint(frozen_tensors(student))
+    return run
 
 
 def weighting_of(config: RunConfig, step: int) -> core.Weighting:
@@ -116,9 +129,15 @@ def read_data(config: RunConfig, on_check: Callable[[str], None]) -> tuple[list[
 
 
 def load_student(config: RunConfig, source: Source, accelerator: Accelerator) -> Any:
-    """fp32 weights, since a bf16 weight does not move at the method's learning rate."""
-    student = load_model(source, dtype=torch.float32).to(accelerator.device)
-    if not config.optim.train_vision:
+    """What is trained is fp32, since a bf16 weight does not move at the method's learning rate.
+
+    Beside adapters the weights are frozen, as a teacher's are, and in the precision of the computation.
+    """
+    dtype = torch.bfloat16 if config.lora and precision(config) == "bf16" else torch.float32
+    student = load_model(source, dtype=dtype).to(accelerator.device)
+    if config.lora:
+        add_adapters(student, config.lora, seed=config.seed)
+    elif not config.optim.train_vision:
         student.model.visual.requires_grad_(False)
     if config.optim.checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
@@ -131,6 +150,19 @@ def load_teacher(config: RunConfig, source: Source, forward: ResponseForward, ac
     dtype = torch.bfloat16 if precision(config) == "bf16" else torch.float32
     model = load_model(source, dtype=dtype).to(accelerator.device)
     return LocalTeacher(model, vocab_size=source.vocab_size, forward=forward, tokens_per_forward=config.optim.tokens_per_forward)
+
+
+def self_teacher(config: RunConfig, source: Source, student: Any, forward: ResponseForward) -> LocalTeacher:
+    """The student with its adapters off: the model before training, without a second copy of it."""
+    if config.loss != "nll":
+        log.warning(
+            "the teacher is the student before training and sees what the student sees: their divergence starts at 0, its least value, "
+            "and its gradient at nothing but rounding, which AdamW makes as large as any other. Such a teacher measures what `method: sft` "
+            "changes; `%s` has nothing to learn from it",
+            config.method.name,
+        )
+    budget = config.optim.tokens_per_forward
+    return LocalTeacher(student, vocab_size=source.vocab_size, forward=forward, tokens_per_forward=budget, within=adapters_off)
 
 
 def precision(config: RunConfig) -> str:
