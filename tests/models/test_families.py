@@ -335,6 +335,16 @@ def test_a_head_is_not_capped_where_the_model_does_not_cap_it() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=BOUND)
 
 
+@pytest.mark.parametrize(("model_type", "hint"), [("internvl_chat", "internvl"), ("qwen2_vl", "qwen2_5_vl"), ("gemma3n", "gemma3")])
+def test_a_type_that_is_not_supported_is_refused_by_name(tmp_path: Path, model_type: str, hint: str) -> None:
+    """Also one that brings code of its own, which is not run."""
+    remote = {"auto_map": {"AutoConfig": "configuration.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **remote}), encoding="utf-8")
+    (tmp_path / "configuration.py").write_text("raise SystemExit('run')", encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"'{model_type}' are not supported\. Did you mean '{hint}'\?.*-HF"):
+        open_source(str(tmp_path))
+
+
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 

@@ -199,14 +199,19 @@ FAMILIES: dict[str, Family] = {  # by the `model_type` of config.json
 
 def family_of(model: Any) -> Family:
     """The family of a model or a configuration. Raises ModelError when it isn't supported."""
-    config = getattr(model, "config", model)
+    return family_named(getattr(model, "config", model).model_type)
+
+
+def family_named(model_type: str) -> Family:
+    """The family of a `model_type`. Raises ModelError when it isn't supported."""
     try:
-        return FAMILIES[config.model_type]
+        return FAMILIES[model_type]
     except KeyError:
-        hint = did_you_mean(config.model_type, FAMILIES)
+        hint = did_you_mean(model_type, FAMILIES)
         raise ModelError(
-            f"models of type '{config.model_type}' are not supported.{hint} Supported: {', '.join(FAMILIES)}. "
-            "A family is one class in vaopd/models/families.py."
+            f"models of type '{model_type}' are not supported.{hint} Supported: {', '.join(FAMILIES)}, in transformers' own format: no "
+            "code that comes with a checkpoint is run (of InternVL take one that ends in -HF). A family is one class in "
+            "vaopd/models/families.py"
         ) from None
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedConfig
 
 from vaopd.errors import ModelError, did_you_mean
-from vaopd.models.families import Family, family_of
+from vaopd.models.families import Family, family_named, family_of
 from vaopd.models.processors import PREFIX
 
 BUILTIN = "builtin:"
@@ -61,6 +61,9 @@ def locate(name: str) -> str:
 def open_source(name: str) -> Source:
     """Read a model's configuration, processor and end-of-response ids; no weights. Raises ModelError."""
     path = locate(name)
+    # First the type alone: of one that transformers doesn't know it would only say that it wants to run the checkpoint's own code.
+    if model_type := _loaded(name, lambda: PreTrainedConfig.get_config_dict(path)[0].get("model_type")):
+        family_named(model_type)
     config = _loaded(name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     family = family_of(config)
     processor = _loaded(name, lambda: load_processor(path, family))
