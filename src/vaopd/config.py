@@ -220,6 +220,7 @@ class RunConfig(_Strict):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    teacher_offload: bool = Field(False, description="on a GPU: the teacher's weights lie in CPU memory and come to score only")
     forward: Literal["auto", "rows"] = Field("auto", description="auto: siblings share their prompt where it pays; rows: the reference")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     seed: int = Field(0, ge=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ class LocalTeacher:
         vocab_size: the tokenizer's size.
         forward: how the hidden states are computed.
         tokens_per_forward: prompt and response tokens of one forward pass, as `forward` counts them.
-        within: for a model that is the student too: it is the teacher inside `within(model)` only (vaopd.models.lora.adapters_off).
+        within: the model is the teacher inside `within(model)` only: one that is the student too (vaopd.models.lora.adapters_off), or
+            whose weights are elsewhere between scorings (vaopd.teachers.offload.Visits).
+        device: where the loss needs the head; None: where the model is.
     """
 
     def __init__(
@@ -33,16 +36,24 @@ class LocalTeacher:
         forward: ResponseForward,
         tokens_per_forward: int,
         within: Callable[[Any], AbstractContextManager[None]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.model, self.vocab_size, self.within = model, vocab_size, within
+        self.model, self.vocab_size, self.within, self.device = model, vocab_size, within, device
         if within is None:
             model.eval().requires_grad_(False)
         self.forward, self.tokens_per_forward = forward, tokens_per_forward
 
     @property
     def head(self) -> Head:
-        """The LM head over the tokenizer's ids."""
-        return head_of(self.model, self.vocab_size)
+        """The LM head over the tokenizer's ids. Where the model is elsewhere, a copy on the device for as long as it is held."""
+        head = head_of(self.model, self.vocab_size)
+        if self.device is None:
+            return head
+        return replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=None if head.bias_V is None else head.bias_V.to(self.device))
+
+    def present(self) -> AbstractContextManager[None]:
+        """Inside, the model is the teacher and can be called."""
+        return self.within(self.model) if self.within else nullcontext()
 
     @torch.no_grad()
     def score(self, groups: Sequence[Group], views: Sequence[str] = ()) -> list[Scores]:
@@ -51,7 +62,7 @@ class LocalTeacher:
         Without them the head is not multiplied: the divergence needs the states alone. A text-only prompt looks the same under every view,
         so it gets the same numbers, not a second rounding of them.
         """
-        with self.within(self.model) if self.within else nullcontext():
+        with self.present():
             return self._score(groups, views)
 
     def _score(self, groups: Sequence[Group], views: Sequence[str]) -> list[Scores]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,15 +40,17 @@ def evaluate_step(run: Run, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
 def final_evaluation(run: Run, on_final: Callable[[str, int, int], None]) -> dict[str, Any]:
     """`eval.json` (docs/run_folder.md): the best weights, which the student now holds, beside the untrained student and the teacher."""
     config = run.config
-    models = {"trained": run.student}
+    models, inside = {"trained": run.student}, dict[str, AbstractContextManager[None]]()
     if config.eval.baselines:
-        in_place = bool(adapters(run.student))  # the untrained student is the trained one with its adapters off
-        models["student"] = run.student if in_place else load_model(run.source, dtype=torch.float32).to(run.student.device)
+        if adapters(run.student):  # the untrained student is the trained one with its adapters off
+            models["student"], inside["student"] = run.student, adapters_off(run.student)
+        else:
+            models["student"] = load_model(run.source, dtype=torch.float32).to(run.student.device)
         if run.teacher and not config.self_taught:  # of which the untrained student's entry says everything
-            models["teacher"] = run.teacher.model
+            models["teacher"], inside["teacher"] = run.teacher.model, run.teacher.present()
     entries = {}
     for name, model in models.items():
-        with adapters_off(model) if name == "student" and in_place else nullcontext():
+        with inside.get(name, nullcontext()):
             entries[name] = evaluate_model(
                 model,
                 run.source,

@@ -17,7 +17,7 @@ from vaopd.errors import CheckpointError
 
 RECIPE = "config.yaml"
 # What only decides how a result is computed or kept. The folder may have moved.
-MAY_CHANGE = ("run", "trackers", "checkpoint.", "rollouts.rows", "optim.tokens_per_forward", "optim.checkpointing")
+MAY_CHANGE = ("run", "trackers", "checkpoint.", "rollouts.rows", "optim.tokens_per_forward", "optim.checkpointing", "teacher_offload")
 LARGEST_SIDE = 448  # pixels of a stored sample picture
 
 

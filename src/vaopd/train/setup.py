@@ -25,6 +25,7 @@ from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.given import GivenEngine
 from vaopd.rollouts.hf import Sampling
 from vaopd.teachers.local import LocalTeacher
+from vaopd.teachers.offload import Visits
 from vaopd.train.checkpoint import fingerprint, frozen_tensors
 from vaopd.train.folder import RunFolder
 from vaopd.train.schedule import total_steps
@@ -90,6 +91,8 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
         teacher: LocalTeacher | None = self_teacher(config, source, student, forward)
     else:
         teacher = load_teacher(config, teacher_source, forward, accelerator) if teacher_source else None
+    if config.teacher_offload:
+        on_check(offload_note(teacher))
     engine = _engine(config, source, student, training, renderer)
     loss = StudentLoss(student, vocab_size=source.vocab_size, forward=forward, loss=config.loss)
     tools = _tools(config, accelerator, loss, teacher, engine)
@@ -148,8 +151,18 @@ def load_student(config: RunConfig, source: Source, accelerator: Accelerator) ->
 def load_teacher(config: RunConfig, source: Source, forward: ResponseForward, accelerator: Accelerator) -> LocalTeacher:
     """Frozen, in the precision of the computation."""
     dtype = torch.bfloat16 if precision(config) == "bf16" else torch.float32
-    model = load_model(source, dtype=dtype).to(accelerator.device)
-    return LocalTeacher(model, vocab_size=source.vocab_size, forward=forward, tokens_per_forward=config.optim.tokens_per_forward)
+    model, budget = load_model(source, dtype=dtype), config.optim.tokens_per_forward
+    if config.teacher_offload and accelerator.device.type != "cpu":
+        visits, device = Visits(model, accelerator.device), accelerator.device
+        return LocalTeacher(model, vocab_size=source.vocab_size, forward=forward, tokens_per_forward=budget, within=visits, device=device)
+    return LocalTeacher(model.to(accelerator.device), vocab_size=source.vocab_size, forward=forward, tokens_per_forward=budget)
+
+
+def offload_note(teacher: LocalTeacher | None) -> str:
+    """What `teacher_offload` comes to here."""
+    if teacher and isinstance(teacher.within, Visits):
+        return f"teacher's {teacher.within.bytes / 2**30:.1f} GiB in CPU memory, on the device only to score"
+    return "teacher_offload does nothing here: there is no teacher's own copy of weights on a GPU"
 
 
 def self_teacher(config: RunConfig, source: Source, student: Any, forward: ResponseForward) -> LocalTeacher:
