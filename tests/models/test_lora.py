@@ -14,7 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
+from transformers.video_processing_utils import BaseVideoProcessor
 
+from small_families import BUILDERS, make_small, small_examples
 from small_pair import Pair, make_group, reference_logits
 from vaopd.config import LoraConfig
 from vaopd.core import fused_weighted_divergence
@@ -282,6 +284,29 @@ def test_the_adapter_loads_with_peft(pair: Pair, groups: list[Group], tmp_path: 
     assert str(pair.student_folder) not in json.dumps(settings)
 
 
+@pytest.mark.parametrize("model_type", BUILDERS)
+def test_every_family_is_adapted_merged_and_switched_off(model_type: str, tmp_path: Path) -> None:
+    small = make_small(model_type)
+    save_model(small.model, small.processor, tmp_path / "base")
+    source = open_source(str(tmp_path / "base"))
+    lora = LoraConfig(rank=2, alpha=4, vision=True)
+    model = load_model(source, dtype=torch.float32)
+    add_adapters(model, lora, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(1))
+    assert {"q_proj", "o_proj"} < set(check_lora(LoraConfig(), source.config)) < set(check_lora(lora, source.config))
+    groups = [Group(small.renderer(small_examples()[0]), (torch.arange(20, 24), torch.arange(30, 33)), (True, True))]
+    export_model(model, source, tmp_path / "model")
+    expected = states(model, groups)
+    found = states(load_model(open_source(str(tmp_path / "model")), dtype=torch.float32), groups)
+    assert largest_difference(found, expected) <= 1e-5 * float(expected.abs().max())
+    with adapters_off(model):
+        base = states(model, groups)
+    assert torch.equal(base, states(load_model(source, dtype=torch.float32), groups))
+    assert largest_difference(expected, base) > 0.05
+
+
 # --- the precision of the folder --------------------------------------------------------------------------------------
 
 
@@ -362,6 +387,16 @@ def test_the_folder_has_all_files_that_transformers_and_vllm_read(pair: Pair, tm
     again = open_source(str(tmp_path / "model"))
     assert again.processor.chat_template == pair.source.processor.chat_template
     assert again.eos_ids == pair.source.eos_ids
+
+
+def test_transformers_own_video_processor_finds_its_settings(pair: Pair, tmp_path: Path) -> None:
+    """Where torchvision is, `AutoProcessor` builds one for Qwen-VL and fails in a folder that has only `processor_config.json`."""
+    export_model(pair.fresh(), pair.source, tmp_path / "model")
+    settings, _ = BaseVideoProcessor.get_video_processor_dict(str(tmp_path / "model"))
+    assert settings["patch_size"] == pair.source.processor.image_processor.patch_size
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match="Can't load video processor"):
+        BaseVideoProcessor.get_video_processor_dict(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("place", ["video_preprocessor_config.json", "processor_config.json"])
