@@ -254,7 +254,7 @@ def with_remote_code(folder: Path, canary: Path) -> None:
 def test_a_model_that_needs_its_own_code_is_refused_unrun(teacher_folder: Path, tmp_path: Path) -> None:
     with_remote_code(teacher_folder, tmp_path / "canary")
     edit(teacher_folder / "config.json", lambda values: values.update(model_type="evil"))
-    with pytest.raises(ModelError, match="type 'evil' are not supported.*no code that comes with a checkpoint is run"):
+    with pytest.raises(ModelError, match=r"type 'evil' are not supported.*no code that comes with a checkpoint is run"):
         open_source(str(teacher_folder))
     assert not (tmp_path / "canary").exists()
 
