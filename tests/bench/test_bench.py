@@ -30,7 +30,16 @@ from vaopd.models.forward import rows
 from vaopd.types import DEGRADED, ORIGINAL
 
 SMALL = Size(hidden=32, layers=2, heads=2, key_heads=1, mlp=48, vision_hidden=16, vision_layers=2)
-PLAN = Plan(shapes=(Shape(20, 6, 3),), vocab=1024, losses=((24, 512),), loss_hidden=(8, 12), rounds=2, student=SMALL, teacher=SMALL)
+PLAN = Plan(
+    shapes=(Shape(20, 6, 3),),
+    vocab=1024,
+    losses=((24, 512),),
+    memory=(24, (256, 512)),
+    loss_hidden=(8, 12),
+    rounds=2,
+    student=SMALL,
+    teacher=SMALL,
+)
 STEP_KEYS = {"shared_va_over_rows_opd", "shared_va_over_shared_opd", "rows_va_over_rows_opd", "max_grad_rel_error"}
 LOSS_KEYS = {"memory_over_materialised", "time_over_materialised", "time_over_trl", "time_over_liger"}
 KEYS = {
@@ -238,6 +247,15 @@ def test_a_kernel_in_its_own_process(results: Results) -> None:
     assert fused.error < 1e-5
     assert len(fused.times.seconds) == PLAN.rounds
     assert fused.peak_mib is None or fused.peak_mib >= 0
+
+
+def test_memory_by_vocabulary(results: Results) -> None:
+    """An H of 8 in fp32: the head's gradient is V · 8 · 4 bytes."""
+    assert [(at.N, at.V, at.gradient) for at in results.memory] == [(24, 256, 1 / 128), (24, 512, 1 / 64)]
+    known = replace(results, memory=[loss.MemoryResult(24, 256, 12.0, 48.0, 4.0), loss.MemoryResult(24, 512, None, None, 8.0)])
+    lines = [line.split() for line in printed(known).splitlines()]
+    assert ["256", "12", "4", "48", "0.25"] in lines
+    assert ["512", "-", "8", "-", "-"] in lines
 
 
 def test_a_missing_peer_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

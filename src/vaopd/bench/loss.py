@@ -62,6 +62,17 @@ class LossResult:
         return ours.peak_mib / other.peak_mib
 
 
+@dataclass(frozen=True)
+class MemoryResult:
+    """Peak memory of the loss above that of its operands, in MiB; None where the system does not tell."""
+
+    N: int
+    V: int
+    fused: float | None
+    materialised: float | None
+    gradient: float  # of the student's head alone: V·H in fp32, which no kernel can do without
+
+
 class Worker:
     """A process of `vaopd.bench.loss_worker`."""
 
@@ -104,6 +115,22 @@ def measure_losses(plan: Plan, on_part: Callable[[str], None] = lambda _: None) 
         on_part(f"loss N={N} V={V}")
         results.append(measure_loss(N, V, plan.loss_hidden, plan.rounds))
     return results
+
+
+def measure_memory(plan: Plan) -> list[MemoryResult]:
+    """The fused loss and whole logits at one N and growing V, each in a fresh process, which runs once."""
+    N, vocabularies = plan.memory
+    return [
+        MemoryResult(
+            N, V, *(_peak(kernel, (N, V, *plan.loss_hidden)) for kernel in ("fused", "materialised")), V * plan.loss_hidden[0] / 2**18
+        )
+        for V in vocabularies
+    ]
+
+
+def _peak(kernel: str, sizes: tuple[int, ...]) -> float | None:
+    with worker(kernel, sizes, None) as process:
+        return process.ask("run")["peak_mib"]
 
 
 def measure_loss(N: int, V: int, hidden: tuple[int, int], rounds: int) -> LossResult:

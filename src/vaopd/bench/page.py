@@ -17,7 +17,7 @@ KERNELS = {"fused": "vaopd", "materialised": "whole logits", "trl": "TRL", "lige
 
 def show(results: Results, console: Console) -> None:
     """All tables, and at the end what is missed."""
-    for part in (_heading, _work, _steps, _losses, _rest, _verdict):
+    for part in (_heading, _work, _steps, _losses, _memory, _rest, _verdict):
         part(results, console)
 
 
@@ -105,6 +105,18 @@ def _one_loss(loss: LossResult, results: Results, console: Console) -> None:
     console.print(table)
     others = [f"{KERNELS[k.kernel]} at {k.tile or 'default'}: {k.times.least:.2f} s" for k in loss.kernels if k != loss.best(k.kernel)]
     console.print(f"[dim]Each in its own process; the fastest block of each. Also measured: {', '.join(others)}.[/]\n")
+
+
+def _memory(results: Results, console: Console) -> None:
+    N = results.plan.memory[0]
+    table = _table(f"Loss, peak MiB by vocabulary: N={N:,}", "V", "vaopd", "of it, the head's gradient", "whole logits", "ours / whole")
+    for at in results.memory:
+        known = at.fused is not None and at.materialised is not None
+        ratio = f"{at.fused / at.materialised:.2f}" if known and at.materialised else "-"  # type: ignore[operator]
+        peaks = ["-" if peak is None else f"{peak:.0f}" for peak in (at.fused, at.gradient, at.materialised)]
+        table.add_row(f"{at.V:,}", *peaks, ratio)
+    console.print(table)
+    console.print()
 
 
 def _rest(results: Results, console: Console) -> None:

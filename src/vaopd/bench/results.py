@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vaopd.bench.loss import LossResult
+from vaopd.bench.loss import LossResult, MemoryResult
 from vaopd.bench.rollout import RolloutResult
 from vaopd.bench.shapes import Plan, Shape
 from vaopd.bench.step import StepResult, scaling_formula
@@ -41,6 +41,7 @@ class Results:
     work: list[WorkResult]  # equal lengths first
     steps: list[StepResult]
     losses: list[LossResult]
+    memory: list[MemoryResult]
     rollout: RolloutResult
     trainer: TrainerResult | None  # None: TRL is not installed
     scaling: Scaling

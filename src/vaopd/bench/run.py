@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vaopd.bench.loss import measure_losses
+from vaopd.bench.loss import measure_losses, measure_memory
 from vaopd.bench.results import Results, Scaling, to_json
 from vaopd.bench.rollout import measure_rollouts
 from vaopd.bench.shapes import LEAST_PROMPT, Plan, Shape
@@ -64,7 +64,8 @@ def run_bench(plan: Plan, on_part: Callable[[str], None] = lambda _: None) -> Re
         on_part("whole training steps")
         trainer = measure_trainers(plan)
         losses = measure_losses(plan, on_part)
-        return Results(plan, work, steps, losses, rollout, trainer, scaling)
+        on_part("memory of the loss")
+        return Results(plan, work, steps, losses, measure_memory(plan), rollout, trainer, scaling)
     finally:
         torch.set_num_threads(threads)
 

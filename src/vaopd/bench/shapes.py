@@ -62,6 +62,7 @@ class Plan:
     shapes: tuple[Shape, ...] = (Shape(312, 48, 4), Shape(112, 64, 4), Shape(112, 256, 4))
     vocab: int = 16_384
     losses: tuple[tuple[int, int], ...] = ((1024, 32_768), (512, 151_936))  # (N, V)
+    memory: tuple[int, tuple[int, ...]] = (512, (16_384, 32_768, 65_536, 151_936))  # N, and the V over which memory is measured
     loss_hidden: tuple[int, int] = (256, 512)  # of student and teacher
     rounds: int = 5
     student: Size = STUDENT
