@@ -176,17 +176,42 @@ def inspect(
 
 @app.command()
 def study(
-    recipe: Annotated[Path, typer.Argument(help="YAML study, or the name of a shipped one: demo.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML study, or the name of a shipped one: demo, study_quick.")],
     overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show the cells and how long they take, and stop.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes side by side; default: one per core.")] = None,
 ) -> None:
-    """Run methods and seeds side by side from one student, evaluate, and write one page."""
+    """Run methods, students, teachers, data sizes, regimes and seeds side by side, compare them, and write one page (docs/study.md)."""
     config = load_study(_shipped(recipe), overrides or [])
-    from vaopd.analysis.study import run_study
+    from vaopd.analysis.study import cores, foresee, run_study
 
+    if plan or config.is_matrix:
+        terminal.show_plan(config, foresee(config), workers or cores())
+    if plan:
+        return
     with terminal.StudyView(config) as view:
-        summary = run_study(config, on_progress=view.update)
+        summary = run_study(config, on_progress=view.update, workers=workers)
     terminal.show_study(summary)
     _write_report([config.run], None)
+
+
+@app.command(hidden=True)
+def cell(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of the cell.")],
+    responses: Annotated[Path, typer.Option(help="The fixed responses.")],
+    baseline: Annotated[str | None, typer.Option(help="student or teacher: evaluate it instead of training.")] = None,
+    out: JsonFile = None,
+    numbers_only: Annotated[bool, typer.Option("--numbers-only", help="Delete model and checkpoints at the end.")] = False,
+) -> None:
+    """One process of a study."""
+    config = load_config(recipe)
+    from vaopd.analysis.cell import run_baseline, run_cell
+
+    _quiet()
+    if baseline and out:
+        run_baseline(config, baseline, responses, out)
+    else:
+        run_cell(config, responses, keep_model=not numbers_only, on_check=lambda text: terminal.say(f"checks     {text}"))
 
 
 @app.command()

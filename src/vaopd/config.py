@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -287,25 +289,128 @@ class WorldConfig(_Strict):
     style: Literal[0, 1] = Field(0, description="which alternatives are liked; a teacher and a student may differ")
 
 
+class RegimeConfig(_Strict):
+    """What is otherwise in one regime of a study."""
+
+    world: dict[str, Any] = Field(default_factory=dict, description="knobs of the built-in world, in place of the study's")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="merged into the study's recipe, key by key")
+
+
+_Rate = Annotated[float, Field(gt=0)]
+_Seed = Annotated[int, Field(ge=0)]
+_Level = Annotated[float, Field(gt=0, le=1)]
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
+
+
 class StudyConfig(_Strict):
-    """Runs that differ in method and seed only: the same student, prompts and budget."""
+    """Runs that differ in what is named here and in nothing else: every combination of the axes is a cell (docs/study.md)."""
 
     name: str
     run: Path
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    baseline: str | None = Field(None, description="the method that the others are compared with; default: the first")
+    seeds: tuple[_Seed, ...] = Field((0,), min_length=1)
+    students: dict[str, str] = Field(default_factory=dict, description="name -> model; default: recipe.student")
+    teachers: dict[str, str] = Field(default_factory=dict, description="name -> model; default: recipe.teacher")
+    train_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="first rows of the training set; default: all of it")
+    regimes: dict[str, RegimeConfig] = Field(default_factory=dict, description="name -> what is otherwise there; default: one regime")
+    learning_rates: tuple[_Rate, ...] = Field((), description="each method runs at its best of these; default: recipe.optim.lr")
+    development_seeds: tuple[_Seed, ...] = Field((), description="the seeds that choose the learning rate, and do nothing else")
+    levels: tuple[_Level, ...] = Field((), description="held-out accuracies; every cell reports when it first reached them")
+    keep: Literal["models", "numbers"] = Field("models", description="numbers: a finished cell leaves no model and no checkpoints")
     world: WorldConfig | None = Field(None, description="draw the data from the built-in world, instead of recipe.data")
     recipe: dict[str, Any] = Field(description="everything of a run's recipe but run, method and seed")
 
     @model_validator(mode="after")
     def _only_what_varies(self) -> StudyConfig:
-        taken = sorted({"run", "method", "seed"} & self.recipe.keys() | ({"data"} & self.recipe.keys() if self.world else set()))
-        if taken:
-            raise ValueError(f"recipe must not have {', '.join(taken)}: the study sets {'them' if len(taken) > 1 else 'it'}")
-        names = [str(method) for method in self.methods]
-        if len(set(names)) < len(names):
-            raise ValueError(f"methods must differ, found {', '.join(names)}")
+        taken = {"run", "method", "seed"} | ({"data"} if self.world else set())
+        taken |= {key for key, axis in (("student", self.students), ("teacher", self.teachers)) if axis}
+        for where, recipe in {"recipe": self.recipe, **{f"regimes.{name}.recipe": r.recipe for name, r in self.regimes.items()}}.items():
+            found = sorted(taken & recipe.keys()) + (["optim.lr"] if self.learning_rates and "lr" in _mapping(recipe.get("optim")) else [])
+            if found:
+                raise ValueError(f"{where} must not have {', '.join(found)}: the study sets {'them' if len(found) > 1 else 'it'}")
         return self
+
+    @model_validator(mode="after")
+    def _values_differ(self) -> StudyConfig:
+        names = [str(method) for method in self.methods]
+        axes = {"methods": names, "seeds": self.seeds, "train_sizes": self.train_sizes, "development_seeds": self.development_seeds}
+        for axis, values in {**axes, "learning_rates": self.learning_rates}.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{axis} must differ, found {', '.join(map(str, values))}")
+        if self.baseline is not None and self.baseline not in names:
+            raise ValueError(
+                f"the baseline '{self.baseline}' is none of the methods.{did_you_mean(self.baseline, names)} They are: {', '.join(names)}"
+            )
+        for name in (*self.students, *self.teachers, *self.regimes):
+            if not FILE_NAME.fullmatch(name):
+                raise ValueError(f"the name '{name}' becomes part of a folder's name: use letters, digits and . _ = - only")
+        return self
+
+    @model_validator(mode="after")
+    def _development_is_apart(self) -> StudyConfig:
+        if bool(self.learning_rates) != bool(self.development_seeds):
+            raise ValueError(
+                "learning_rates and development_seeds belong together: every rate is run on the development seeds. Give both, or none"
+            )
+        if both := sorted(set(self.seeds) & set(self.development_seeds)):
+            raise ValueError(
+                f"development_seeds and seeds share {', '.join(map(str, both))}: a rate chosen on a seed looks better there than it is. "
+                "Give the development other seeds"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _worlds_fit(self) -> StudyConfig:
+        for name, regime in self.regimes.items():
+            if regime.world and self.world is None:
+                raise ValueError(f"regimes.{name}.world turns knobs of the built-in world, but the study has no `world`. Add `world: {{}}`")
+            rows = regime.world.get("train", self.world.train if self.world else None)
+            self._sizes_fit(rows, f"in regime '{name}'")
+        self._sizes_fit(self.world.train if self.world else None, "world.train")
+        return self
+
+    def _sizes_fit(self, rows: Any, where: str) -> None:
+        if self.train_sizes and isinstance(rows, int) and max(self.train_sizes) > rows:
+            raise ValueError(
+                f"train_sizes goes up to {max(self.train_sizes)}, but {where} there are {rows} training rows. Draw more: world.train"
+            )
+
+    @property
+    def baseline_method(self) -> MethodConfig:
+        """The method that the others are compared with."""
+        return next(method for method in self.methods if self.baseline in (None, str(method)))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether anything but the method varies, so that there are means and paired differences to report."""
+        axes = (self.students, self.teachers, self.regimes, self.train_sizes, self.learning_rates)
+        return len(self.seeds) > 1 or any(axes)
+
+    def recipe_of(self, regime: str | None, student: str | None, teacher: str | None) -> dict[str, Any]:
+        """A run's recipe in a regime with a student and a teacher of the axes (None: what the recipe says), without run, method, seed."""
+        changes: dict[str, Any] = self.regimes[regime].recipe if regime else {}
+        models = {"student": self.students[student]} if student else {}
+        models |= {"teacher": self.teachers[teacher]} if teacher else {}
+        return _merged(_merged(self.recipe, changes), models)
+
+    def world_of(self, regime: str | None) -> WorldConfig | None:
+        """The world of a regime. Raises ConfigError for a wrong knob."""
+        if self.world is None or not regime or not self.regimes[regime].world:
+            return self.world
+        return _parse(WorldConfig, self.world.model_dump() | self.regimes[regime].world, f"regimes.{regime}.world")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, mappings inside mappings likewise."""
+    return base | {
+        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in changes.items()
+    }
 
 
 _Config = TypeVar("_Config", bound=_Strict)
@@ -321,11 +426,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
-    """Read a study, with overrides. Raises ConfigError as `load_config`; each run's recipe is checked too."""
+    """Read a study, with overrides. Raises ConfigError as `load_config`; the recipe of every combination is checked too."""
     study = _load(StudyConfig, path, overrides)
-    for method in study.methods:
-        data = {"data": {"train": "train.jsonl"}} if study.world else {}
-        parse_config({"run": "run", "method": method.model_dump(), **data, **study.recipe}, where=f"{path}: recipe")
+    for regime, student, teacher in product(study.regimes or (None,), study.students or (None,), study.teachers or (None,)):
+        where = f"{path}: recipe" + (f" in regime '{regime}'" if regime else "")
+        study.world_of(regime)
+        values = study.recipe_of(regime, student, teacher) | ({"data": {"train": "train.jsonl"}} if study.world else {})
+        for method in study.methods:
+            config = parse_config({**values, "run": "run", "method": method.model_dump()}, where=where)
+            if not study.world and config.data.eval is None and config.data.test is None:
+                raise ConfigError(f"{where}: a study compares on held-out questions: name data.test, or data.eval")
+            if study.learning_rates and not study.world and None in (config.data.eval, config.data.test):
+                raise ConfigError(f"{where}: learning_rates are chosen on data.eval and compared on data.test, so that both must be there")
     return study
 
 

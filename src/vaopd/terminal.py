@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.text import Text
 from vaopd.config import RunConfig, StudyConfig
 
 if TYPE_CHECKING:
+    from vaopd.analysis.forecast import Forecast
     from vaopd.analysis.study import Job
     from vaopd.train.loop import Progress as TrainingHooks
 
@@ -107,16 +109,21 @@ class TrainingView:
         self.bars.update(task, completed=done)
 
 
+MOST_BARS = 6  # jobs with a bar each; more share one
+
+
 class StudyView:
-    """One bar per cell of a study."""
+    """One bar per cell of a study; one over all cells where there are many."""
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.bars = config, _bars()
         self.tasks: dict[str, TaskID] = {}
-        self.told: set[str] = set()  # checks of the cells that were shown; all cells have the same
+        self.told: set[str] = set()  # checks of the cells that were shown; most cells have the same
+        self.began: dict[str, tuple[float, float]] = {}  # bar over all cells -> time and number of those done when it appeared
 
     def __enter__(self) -> StudyView:
-        say(f"{self.config.name}: {len(self.config.methods)} methods x {len(self.config.seeds)} seeds, run folder {self.config.run}")
+        if not self.config.is_matrix:
+            say(f"{self.config.name}: {len(self.config.methods)} methods x {len(self.config.seeds)} seeds, run folder {self.config.run}")
         self.bars.start()
         return self
 
@@ -125,17 +132,76 @@ class StudyView:
 
     def update(self, states: Mapping[Job, str]) -> None:
         """Redraw from the cells' own logs and metrics."""
-        from vaopd.analysis.study import checks
-
+        if len(states) > MOST_BARS:
+            return self._update_one(states)
         for job, state in states.items():
-            if job.metrics is not None and state == "running":
-                for line in checks(job):
-                    if line not in self.told:
-                        say(line)
-                        self.told.add(line)
+            self._tell_checks(job, state)
             if job.name not in self.tasks:
                 self.tasks[job.name] = self.bars.add_task(job.name, total=job.steps or 1, rate="", text="")
             self.bars.update(self.tasks[job.name], **_job_fields(job, state))
+        return None
+
+    def _tell_checks(self, job: Job, state: str) -> None:
+        from vaopd.analysis.study import checks
+
+        if job.metrics is not None and state == "running":
+            for line in checks(job):
+                if line not in self.told:
+                    say(line)
+                    self.told.add(line)
+
+    def _update_one(self, states: Mapping[Job, str]) -> None:
+        """A bar over the cells of a phase: those done and the share of those that go on, with the time left at that pace."""
+        phase = next(iter(states)).name.partition("/")[0] if all("/" in job.name for job in states) else "cells"
+        whole = sum(state == "done" for state in states.values())
+        done = whole + sum(_share_done(job) for job, state in states.items() if state == "running")
+        running = [job.name.rpartition("/")[2] for job, state in states.items() if state == "running"]
+        began, before = self.began.setdefault(phase, (time.monotonic(), done))
+        pace = (time.monotonic() - began) / (done - before) if done - before > 0.05 else None
+        left = "" if pace is None else f"{_duration((len(states) - done) * pace)} left"
+        if phase not in self.tasks:
+            self.tasks[phase] = self.bars.add_task(phase, total=len(states), rate="", text="")
+        self.bars.update(self.tasks[phase], completed=whole, rate=left, text=", ".join(running))
+
+
+def _share_done(job: Job) -> float:
+    """Of a running job, from its last step; the final evaluation counts as nothing."""
+    from vaopd.analysis.study import training_rows
+
+    rows = training_rows(job)
+    return 0.9 * rows[-1]["step"] / job.steps if rows and job.steps else 0.0
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def show_plan(config: StudyConfig, entries: Sequence[Forecast], workers: int) -> None:
+    """What a study consists of and how long it takes, before it starts."""
+    from vaopd.analysis.forecast import remaining_seconds
+
+    say(f"{config.name}: {_axes(config)}, run folder {config.run}")
+    rows = {}
+    for entry in entries:
+        name = " ".join(part for part in (entry.phase, entry.regime, entry.method) if part)
+        rows[name] = [str(entry.cells), str(entry.done), f"{entry.seconds:.0f}", f"{entry.cells * entry.seconds:.0f}", entry.source]
+    _show_rows(("cells", "number", "done", "s each", "s in all", "seconds from"), rows)
+    cells, done = sum(entry.cells for entry in entries), sum(entry.done for entry in entries)
+    seconds = remaining_seconds(entries, workers)
+    say(f"in all     {cells} cells, {done} done; the others take about {_duration(seconds)} with {workers} side by side, baselines extra")
+    if any(entry.source == "calibrated" for entry in entries):
+        say("calibrated: from three training steps and one evaluation on this machine as it is now, the dearest kind of cell for all")
+
+
+def _axes(config: StudyConfig) -> str:
+    """`2 methods x 3 students x 8 seeds`: the axes with more than one value."""
+    sizes = {"methods": config.methods, "students": config.students, "teachers": config.teachers, "data sizes": config.train_sizes}
+    named = [f"{len(values)} {name}" for name, values in {**sizes, "regimes": config.regimes}.items() if len(values) > 1]
+    text = " x ".join([*named, f"{len(config.seeds)} seeds"])
+    if config.learning_rates:
+        text += f"; {len(config.learning_rates)} learning rates on {len(config.development_seeds)} development seeds"
+    return text
 
 
 def _job_fields(job: Job, state: str) -> dict[str, Any]:
@@ -191,13 +257,56 @@ def show_run(folder: Path) -> None:
 
 def show_study(summary: Mapping[str, Any]) -> None:
     """What a study measured."""
+    if "comparisons" in summary:
+        return _show_matrix(summary)
     show_models(summary["models"], questions=summary["questions"], k=summary["k"])
     for name, measured in summary["gains"].items():
         _show_gain(name, measured)
     _show_mass(summary["mass_curve"])
-    if len(summary["gains"]) == len({name.rpartition("-seed")[0] or name for name in summary["gains"]}):
-        say("One seed is no verdict on which method is better.")
+    say("One seed is no verdict on which method is better.")
     say(f"took {summary['seconds']} s")
+    return None
+
+
+def _show_matrix(summary: Mapping[str, Any]) -> None:
+    """The tables of a study with several seeds or axes: means, paired differences, and how the rates were chosen."""
+    teachers = len(summary["study"]["teachers"]) > 1
+    for row in summary["selection"]:
+        tried = ", ".join(f"{entry['lr']:g}: {_percent(entry['accuracy'])}" for entry in row["tried"])
+        edge = "; the best is at the end of the tried ones, so a better one may lie beyond" if row["at_edge"] else ""
+        say(f"rate of {_where(row, teachers)}: {row['chosen']:g} (held-out accuracy {tried}){edge}")
+    header = ("mean over seeds", "runs", f"avg@{summary['k']} [95 %]", "blind", "mean VA", "own gap")
+    _show_rows(header, {_where(row, teachers): _mean_cells(row) for row in summary["means"]})
+    if summary["comparisons"]:
+        columns = (f"minus {summary['baseline']}", "points [95 %]", "seeds", "p", "Holm's p")
+        rows = (*summary["comparisons"], *summary["trends"])
+        _show_rows(columns, {_where(row, teachers): _difference_cells(row) for row in rows})
+        smallest = max(row["smallest_p"] for row in summary["comparisons"])
+        say(f"p: two-sided sign-flip test over seeds; so few seeds can't give one below {smallest:.2g}")
+    say("mean VA: by the teacher on own answers; own gap: log p(image) - log p(degraded) of the model on fixed answers; nats per token")
+    say(f"took {summary['seconds']} s")
+
+
+def _where(row: Mapping[str, Any], teachers: bool) -> str:
+    """The method and its place on the axes; a trend says from where to where."""
+    size = None if row.get("train_size") is None else f"{row['train_size']} rows"
+    trend = f"{row['axis']} {row['last']} against {row['first']}" if "axis" in row else None
+    if row.get("student"):
+        return " ".join(part for part in ("  ", row["student"], row["method"], row["regime"], size) if part)
+    return " ".join(str(part) for part in (row["method"], row.get("regime"), row.get("teacher") if teachers else None, size, trend) if part)
+
+
+def _mean_cells(row: Mapping[str, Any]) -> list[str]:
+    accuracy = row["accuracy"]
+    interval = "" if accuracy["low"] is None else f" [{_percent(accuracy['low'])}, {_percent(accuracy['high'])}]"
+    nats = [_number(row[key], 3) for key in ("va", "student_va")]
+    return [str(row["runs"]), _percent(accuracy["mean"]) + interval, _percent(row["blind_degraded"]), *nats]
+
+
+def _difference_cells(row: Mapping[str, Any]) -> list[str]:
+    points = row["points"]
+    interval = "" if points["low"] is None else f" [{points['low']:+.1f}, {points['high']:+.1f}]"
+    return [f"{points['mean']:+.1f}{interval}", str(points["n"]), f"{row['p']:.3g}", f"{row['holm']:.3g}"]
 
 
 def _show_gain(name: str, measured: Mapping[str, float] | None) -> None:

@@ -1,6 +1,6 @@
-"""Several runs from one student, side by side on the cores: the same prompts and budget, only method and seed differ.
+"""Methods × students × teachers × data sizes × regimes × seeds, side by side on the cores (docs/study.md).
 
-Every cell is a process of its own (`vaopd train`) with a run folder of its own; a study that was interrupted goes on where it stopped.
+Every cell is a process of its own with a run folder of its own; a study that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from typing import Any
 import torch
 import yaml
 
-from vaopd.config import RunConfig, StudyConfig, parse_config
-from vaopd.errors import ConfigError, VaopdError
+from vaopd.analysis.cell import DONE
+from vaopd.analysis.forecast import Forecast, calibrate, dearest, forecast, measured_seconds
+from vaopd.analysis.matrix import COMPARISON, Cell, Place, comparison_cells, development_cells, places, read_json, write_data
+from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, rates_of, tables
+from vaopd.config import RunConfig, StudyConfig
+from vaopd.data.sources import read_examples
+from vaopd.errors import ConfigError, DataError, VaopdError
 from vaopd.evaluate.runner import gain
 from vaopd.train.folder import RunFolder, read_rows
-from vaopd.world.data import write_world
 
 BASELINES = "baselines"
+OnProgress = Callable[[Mapping["Job", str]], None]
 
 
 @dataclass(frozen=True)
@@ -39,81 +44,210 @@ class Job:
     steps: int = 0
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """An untrained student or a teacher in one regime."""
+
+    name: str  # of its job and its file; regimes in which nothing differs that it depends on share one
+    role: str  # student | teacher
+    place: Place
+    cell: Cell  # any of those that it is the baseline of
+
+
 class StudyFailed(VaopdError):
     """A process of the study ended with an error."""
 
     exit_code = 7
 
 
-def run_study(study: StudyConfig, *, on_progress: Callable[[Mapping[Job, str]], None], workers: int | None = None) -> dict[str, Any]:
-    """Run what is not done yet and write `summary.json`; returns it (docs/run_folder.md).
+def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | None = None) -> dict[str, Any]:
+    """Run what is not done yet and write `results.jsonl` and `summary.json`; returns the latter (docs/run_folder.md).
+
+    Where the study names learning rates, all of them run on the development seeds first, and the comparison runs each method at its best.
 
     Args:
-        on_progress: called about twice a second with every job and its state: waiting, running, done.
-        workers: processes side by side; default: one per core, one in all where there is a GPU.
+        on_progress: called about twice a second with every job of the phase and its state: waiting, running, done.
+        workers: processes side by side; default: `cores()`.
 
     Raises:
         StudyFailed: with the end of the failing process' output.
+        ConfigError: the folder holds results of another recipe or another world.
+        DataError: held-out questions have no answers, so that there is nothing to compare.
     """
     began = time.monotonic()
-    jobs, cells = plan(study)
-    _run_all(jobs, workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), on_progress)
-    summary = _summary(study, cells)
-    earlier = _read_json(study.run / "summary.json").get("seconds", 0) if (study.run / "summary.json").exists() else 0
+    write_data(study)
+    _check_answers(study)
+    development = development_cells(study)
+    rows = _run_phase(study, development, [], on_progress, workers, [])
+    selection = choose_rates(rows)
+    cells = comparison_cells(study, rates_of(selection))
+    baselines = _baselines(cells)
+    rows = _run_phase(study, cells, baselines, on_progress, workers, rows)
+    summary = _summary(study, cells, baselines)
+    if study.is_matrix:
+        compared = [row for row in rows if row.get("phase") == COMPARISON]
+        summary |= {"study": _axes(study), "selection": selection, **tables(compared, str(study.baseline_method))}
+    earlier = read_json(study.run / "summary.json").get("seconds", 0)
     RunFolder(study.run).write_json("summary.json", summary | {"seconds": round(earlier + time.monotonic() - began)})
-    return _read_json(study.run / "summary.json")
+    return read_json(study.run / "summary.json")
 
 
-def plan(study: StudyConfig) -> tuple[list[Job], dict[str, RunConfig]]:
-    """The study's processes, longest first, and the recipe of every cell; writes data and recipes."""
-    study.run.mkdir(parents=True, exist_ok=True)
-    data = {"data": write_world(study.world, study.run / "data").model_dump(mode="json")} if study.world else {}
-    cells = {}
-    for method in study.methods:
-        for seed in study.seeds:
-            name = _cell_name(study, str(method), seed)
-            values = {**study.recipe, **data, "run": str(study.run / name), "method": method.model_dump(), "seed": seed}
-            values["eval"] = {**values.get("eval", {}), "baselines": False}
-            cells[name] = parse_config(values, where=f"cell {name}")
-            if changed := RunFolder(cells[name].run).changed(cells[name]):
-                raise ConfigError(
-                    f"{cells[name].run} was made with another recipe: {'; '.join(changed)}. "
-                    "Its results would be mixed with others: delete the study's folder, or give another: --set run=FOLDER"
-                )
-    jobs = [_train_job(study, name, config) for name, config in cells.items()]
-    return jobs + _baseline_jobs(study, next(iter(cells.values()))), cells
+def cores() -> int:
+    """How many processes run side by side: one per core, one in all where there is a GPU."""
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
-def _cell_name(study: StudyConfig, method: str, seed: int) -> str:
-    plain = "".join(c if c.isalnum() or c in "._=-" else "_" for c in method.replace("(", "-").replace(", ", "-").rstrip(")"))
-    return plain if len(study.seeds) == 1 else f"{plain}-seed{seed}"
+def foresee(study: StudyConfig) -> list[Forecast]:
+    """What the study consists of and how long a cell takes. Draws the data; where a kind has no finished cell, times a few steps."""
+    write_data(study)
+    development = development_cells(study)
+    # Any rate will do: no cell takes longer at another one.
+    rates = {
+        (place.regime, str(method)): study.learning_rates[0] for place in places(study) for method in study.methods if study.learning_rates
+    }
+    cells = development + comparison_cells(study, rates)
+    sizes = {cell.name: _sizes(cell.config) for cell in cells}
+    unknown = [cell for cell in cells if measured_seconds(cell) is None]
+    costs = None
+    if unknown:
+        chosen = dearest(unknown)
+        costs = calibrate(chosen, study.world_of(chosen.place.regime))
+    return forecast(cells, sizes, costs)
 
 
-def _train_job(study: StudyConfig, name: str, config: RunConfig) -> Job:
+def plan(study: StudyConfig, cells: Sequence[Cell], baselines: Sequence[Baseline] = ()) -> list[Job]:
+    """The processes of one phase, longest first; writes their recipes.
+
+    Raises:
+        ConfigError: a cell's folder has results of another recipe.
+    """
+    for cell in cells:
+        if changed := RunFolder(cell.config.run).changed(cell.config):
+            raise ConfigError(
+                f"{cell.config.run} was made with another recipe: {'; '.join(changed)}. "
+                "Its results would be mixed with others: delete the study's folder, or give another: --set run=FOLDER"
+            )
+    return [_cell_job(study, cell) for cell in cells] + list({b.name: _baseline_job(study, b) for b in baselines}.values())
+
+
+def _run_phase(
+    study: StudyConfig,
+    cells: Sequence[Cell],
+    baselines: Sequence[Baseline],
+    on_progress: OnProgress,
+    workers: int | None,
+    earlier: Sequence[Row],
+) -> list[Row]:
+    """Run a phase, and after each finished process write what is known to results.jsonl; returns all rows so far."""
+    jobs = plan(study, cells, baselines)
+    known: dict[str, Row] = {}
+
+    def write() -> list[Row]:
+        for cell in cells:
+            if cell.name not in known and (cell.config.run / DONE).exists():
+                known[cell.name] = cell_row(cell, study.levels)
+        rows = [*earlier, *(known[cell.name] for cell in cells if cell.name in known), *_baseline_rows(study, baselines)]
+        RunFolder(study.run).write_text("results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return rows
+
+    _run_all(jobs, workers or cores(), on_progress, write)
+    return write()
+
+
+def _cell_job(study: StudyConfig, cell: Cell) -> Job:
+    recipe = _write_recipe(study, cell.name, cell.config)
+    command = ["cell", str(recipe), "--responses", str(_responses(study, cell)), *(["--numbers-only"] if study.keep == "numbers" else [])]
+    log = study.run / "logs" / f"{cell.name}.log"
+    return Job(cell.name, tuple(command), log, cell.config.run / DONE, cell.config.run / "metrics.jsonl", cell.config.optim.steps or 0)
+
+
+def _baseline_job(study: StudyConfig, baseline: Baseline) -> Job:
+    recipe = _write_recipe(study, baseline.name, baseline.cell.config)
+    out = study.run / BASELINES / f"{baseline.name}.json"
+    command = ("cell", str(recipe), "--responses", str(_responses(study, baseline.cell)), "--baseline", baseline.role, "--out", str(out))
+    return Job(baseline.name, command, study.run / "logs" / f"{baseline.name}.log", out)
+
+
+def _write_recipe(study: StudyConfig, name: str, config: RunConfig) -> Path:
     recipe = study.run / "recipes" / f"{name}.yaml"
-    recipe.parent.mkdir(exist_ok=True)
+    recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    command = ["train", str(recipe), "--no-report"] + (["--resume"] if (config.run / "config.yaml").exists() else [])
-    log = study.run / "logs" / f"{name}.log"
-    return Job(name, tuple(command), log, config.run / "eval.json", config.run / "metrics.jsonl", config.optim.steps or 0)
+    return recipe
 
 
-def _baseline_jobs(study: StudyConfig, config: RunConfig) -> list[Job]:
-    """The untrained student and the teacher, evaluated once for all cells."""
-    models = {"student": config.student} | ({"teacher": config.teacher} if config.teacher else {})
-    return [_evaluate_job(study, config, name, model) for name, model in models.items()]
+def _responses(study: StudyConfig, cell: Cell) -> Path:
+    """The fixed responses of one initial student in one regime."""
+    development = [] if cell.phase == COMPARISON else [cell.phase]
+    return (
+        study.run
+        / BASELINES
+        / ("-".join(["responses", *development, *Place(cell.place.regime, cell.place.student, None, None).parts]) + ".json")
+    )
 
 
-def _evaluate_job(study: StudyConfig, config: RunConfig, name: str, model: str) -> Job:
-    out = study.run / BASELINES / f"{name}.json"
-    command = ["evaluate", model, "--data", str(config.data.test or config.data.eval), "--k", str(config.eval.k), "--out", str(out)]
-    command += ["--max-tokens", str(config.rollouts.max_tokens), "--temperature", str(config.eval.temperature)]
-    command += ["--rows", str(config.rollouts.rows), *config.view.to_options()]
-    command += ["--teacher", config.teacher] if config.teacher else []
-    return Job(name, tuple(command), study.run / "logs" / f"{name}.log", out)
+def _baselines(cells: Sequence[Cell]) -> list[Baseline]:
+    """Every regime's untrained students, scored by its first teacher, and its teachers, on its first student's answers: none depends
+    on the method, the seed or the data that is trained on.
+    """
+    found: dict[tuple[str, Place], Baseline] = {}
+    named: dict[tuple[Any, ...], str] = {}
+    for cell in cells:
+        place, config = cell.place, cell.config
+        roles = {"student": Place(place.regime, place.student, None, None)}
+        roles |= {"teacher": Place(place.regime, None, place.teacher, None)} if config.teacher and not config.self_taught else {}
+        for role, own in roles.items():
+            if (role, own) not in found:
+                name = "-".join([role, *own.parts])
+                found[role, own] = Baseline(named.setdefault(_evaluated(role, config), name), role, own, cell)
+    return list(found.values())
 
 
-def _run_all(jobs: Sequence[Job], workers: int, on_progress: Callable[[Mapping[Job, str]], None]) -> None:
+def _evaluated(role: str, config: RunConfig) -> tuple[Any, ...]:
+    """Everything that a baseline's numbers depend on."""
+    models = (config.student, config.teacher)
+    return (
+        role,
+        *models,
+        config.data.test,
+        config.data.eval,
+        tuple(config.view.to_options()),
+        config.rollouts.max_tokens,
+        config.rollouts.rows,
+        config.eval.k,
+        config.eval.temperature,
+    )
+
+
+def _baseline_rows(study: StudyConfig, baselines: Sequence[Baseline]) -> list[Row]:
+    found = []
+    for baseline in baselines:
+        if entry := read_json(study.run / BASELINES / f"{baseline.name}.json"):
+            found.append(baseline_row(baseline.name, baseline.role, baseline.place, baseline.cell.student, baseline.cell.teacher, entry))
+    return found
+
+
+def _check_answers(study: StudyConfig) -> None:
+    """Where cells are compared by accuracy, or chosen by it. Raises DataError."""
+    if not study.is_matrix or study.world:
+        return
+    for regime in study.regimes or (None,):
+        data = study.recipe_of(regime, next(iter(study.students), None), next(iter(study.teachers), None))["data"]
+        for name in ("eval", "test"):
+            missing = [example.id for example in read_examples(data[name]) if example.answer is None] if data.get(name) else []
+            if missing:
+                raise DataError(
+                    f"a study compares accuracies, but {len(missing)} rows of {data[name]} have no answer, the first is '{missing[0]}'. "
+                    "Add the field 'answer' to them"
+                )
+
+
+def _sizes(config: RunConfig) -> tuple[int, int, int]:
+    """Rows of training, held-out and test set."""
+    train, held_out, test = (len(read_examples(path)) if path else 0 for path in (config.data.train, config.data.eval, config.data.test))
+    return train, held_out, test
+
+
+def _run_all(jobs: Sequence[Job], workers: int, on_progress: OnProgress, on_done: Callable[[], Any]) -> None:
     waiting = [job for job in jobs if not job.result.exists()]
     running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
     try:
@@ -126,6 +260,7 @@ def _run_all(jobs: Sequence[Job], workers: int, on_progress: Callable[[Mapping[J
                 if process.poll() is not None:
                     del running[name]
                     _check(job, process.returncode)
+                    on_done()
             on_progress({job: _state(job, running, waiting) for job in jobs})
     finally:
         for _, process in running.values():
@@ -134,8 +269,8 @@ def _run_all(jobs: Sequence[Job], workers: int, on_progress: Callable[[Mapping[J
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    job.log.parent.mkdir(exist_ok=True)
-    job.result.parent.mkdir(exist_ok=True)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.result.parent.mkdir(parents=True, exist_ok=True)
     # torch's threads of several processes wait for one another by spinning, so each cell gets one.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with job.log.open("wb") as log:
@@ -155,22 +290,48 @@ def _state(job: Job, running: Mapping[str, Any], waiting: Sequence[Job]) -> str:
     return "running" if job.name in running else "waiting" if job in waiting else "done"
 
 
-def _summary(study: StudyConfig, cells: Mapping[str, RunConfig]) -> dict[str, Any]:
+def _summary(study: StudyConfig, cells: Sequence[Cell], baselines: Sequence[Baseline]) -> dict[str, Any]:
     """Fill the baselines into every cell's eval.json and put all models side by side."""
-    baselines = {path.stem: _read_json(path) for path in sorted((study.run / BASELINES).glob("*.json"))}
-    questions, k = baselines["student"].pop("questions"), baselines["student"].pop("k")
-    baselines.get("teacher", {}).pop("questions", None), baselines.get("teacher", {}).pop("k", None)
-    curve = baselines["student"].pop("mass_curve", None)
-    baselines.get("teacher", {}).pop("mass_curve", None)
+    found = {(b.role, b.place): read_json(study.run / BASELINES / f"{b.name}.json") for b in baselines}
+    first = found[baselines[0].role, baselines[0].place]
     gains, trained = {}, {}
-    for name, config in cells.items():
-        evaluation = _read_json(config.run / "eval.json")
+    for cell in cells:
+        place, name = cell.place, cell.name
+        evaluation = read_json(cell.config.run / "eval.json")
+        own = {"student": found["student", Place(place.regime, place.student, None, None)]}
+        if teacher := found.get(("teacher", Place(place.regime, None, place.teacher, None))):
+            own["teacher"] = teacher
         trained[name] = evaluation["models"]["trained"]
-        gains[name] = _gain(baselines["student"], trained[name])
-        evaluation |= {"models": baselines | {"trained": trained[name]}, "gain": gains[name], "mass_curve": curve}
-        RunFolder(config.run).write_json("eval.json", evaluation)
-    models = {"student": baselines["student"], **trained} | {name: entry for name, entry in baselines.items() if name == "teacher"}
-    return {"name": study.name, "questions": questions, "k": k, "models": models, "gains": gains, "mass_curve": curve}
+        gains[name] = _gain(own["student"], trained[name])
+        models = {role: _entry(entry) for role, entry in own.items()} | {"trained": trained[name]}
+        evaluation |= {"models": models, "gain": gains[name], "mass_curve": own["student"].get("mass_curve")}
+        RunFolder(cell.config.run).write_json("eval.json", evaluation)
+    named = {b.name: _entry(found[b.role, b.place]) for b in baselines}
+    models = {name: entry for name, entry in named.items() if name.startswith("student")} | trained | named
+    models = {name: {key: value for key, value in entry.items() if key != "per_question"} for name, entry in models.items()}
+    sizes = {"questions": first["questions"], "k": first["k"]}
+    return {"name": study.name, **sizes, "models": models, "gains": gains, "mass_curve": first.get("mass_curve")}
+
+
+def _entry(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """A baseline's file as an entry of eval.json."""
+    return {key: value for key, value in measured.items() if key not in ("questions", "k", "mass_curve", "student_va")}
+
+
+def _axes(study: StudyConfig) -> dict[str, Any]:
+    """What varied, for the report."""
+    return {
+        "methods": [str(method) for method in study.methods],
+        "seeds": list(study.seeds),
+        "students": study.students,
+        "teachers": study.teachers,
+        "train_sizes": list(study.train_sizes),
+        "regimes": {name: regime.model_dump(mode="json") for name, regime in study.regimes.items()},
+        "learning_rates": list(study.learning_rates),
+        "development_seeds": list(study.development_seeds),
+        "world": study.world.model_dump(mode="json") if study.world else None,
+        "recipe": study.recipe,
+    }
 
 
 def _gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float] | None:
@@ -188,7 +349,3 @@ def checks(job: Job) -> list[str]:
 def training_rows(job: Job) -> list[dict[str, Any]]:
     """The steps of a training job so far."""
     return read_rows(job.metrics, lambda row: row.get("kind") == "train") if job.metrics else []
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

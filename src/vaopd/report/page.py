@@ -194,7 +194,9 @@ def write_report(run: Path | str | Sequence[Path | str], out: Path | str | None 
     target = Path(out) if out is not None else paths[0]
     target = target if target.suffix == ".html" else target / "report.html"
     if len(paths) == 1 and not is_run(paths[0]):
-        return write_comparison(paths[0], target)
+        from vaopd.report.study import is_study, write_study  # which is built from the pieces of this module
+
+        return write_study(paths[0], target) if is_study(paths[0]) else write_comparison(paths[0], target)
     runs = [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return save(render(runs, title, {}, []), target)

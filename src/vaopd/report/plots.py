@@ -196,6 +196,24 @@ def line_plot(
     return svg(slug, title, in_words(series, unit), body, extra=f' data-plot="{escape(plot_data(drawn, frame))}"')
 
 
+def trail_plot(series: Sequence[Series], *, slug: str, title: str, x_name: str) -> str:
+    """What one number does while another changes: each line joins its points in their own order, a ring at the first one."""
+    drawn = [s for s in series if s.known and len(s.known) == len(s.x)]
+    if not drawn:
+        return ""
+    xs, ys = [x for s in drawn for x in s.x], [y for s in drawn for y in s.known]
+    pad = (max(xs) - min(xs)) * 0.06 or abs(max(xs)) * 0.1 or 1.0
+    frame = Frame((min(xs) - pad, max(xs) + pad), y_range(ys, zero=False)[0])
+    body = [axes(frame, x_name)]
+    for s in drawn:
+        places = [(frame.px(x), frame.py(y)) for x, y in zip(s.x, s.known, strict=True)]
+        body.append(f'<path class="line c{s.colour}" d="{path(places)}"/>')
+        body += [f'<circle class="dot c{s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in places[1:]]
+        body.append(f'<circle class="hollow c{s.colour}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3.2"/>')
+    ends = [f"{s.label}: from {short(s.x[0])}, {short(s.known[0])} to {short(s.x[-1])}, {short(s.known[-1])}" for s in drawn]
+    return svg(slug, title, "; ".join(ends) + ".", "".join(body))
+
+
 def plot_data(series: Sequence[Series], frame: Frame) -> str:
     """What the reading line under the pointer needs, as JSON."""
 
