@@ -15,7 +15,7 @@ from typing import Any
 from vaopd.analysis.dissect import dissect_model
 from vaopd.analysis.statistics import Estimate, mean_interval, standard_error, t_quantile
 
-MODELS = ("student", "student-reading", "student-arithmetic", "teacher-s", "teacher-m", "teacher")
+MODELS = ("student", "student-arithmetic", "student-both", "teacher-s", "teacher-m", "teacher")
 SEEDS = (4, 8, 16)
 
 

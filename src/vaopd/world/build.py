@@ -26,7 +26,6 @@ MEDIUM = Size(vision_hidden=96, vision_layers=2, hidden=96, layers=2)  # 0.6
 SMALL = Size(vision_hidden=64, vision_layers=2, hidden=64, layers=2)  # 0.3
 DEGRADED = 0.15  # share of pictures shown pixelated while solving
 POOR_READING = 0.55  # share of digits right at which the reading of a pupil with this deficit is cut off
-SLIPS = 0.35  # share of operations that go wrong in what a pupil with an arithmetic deficit is taught
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ def world_pupils(world: WorldConfig = DEFAULT) -> Sequence[Pupil]:
         Pupil("teacher", LARGE, phases(world, reading=1000, solving=1300), seed=0),
         Pupil("teacher-m", MEDIUM, phases(world, reading=1000, solving=1300), seed=100),
         Pupil("teacher-s", SMALL, phases(world, reading=1600, solving=1600), seed=200),
-        Pupil("student", SMALL, phases(world, reading=1200, solving=800, stop_at=POOR_READING, slips=SLIPS), seed=10),
-        Pupil("student-reading", SMALL, phases(world, reading=1200, solving=800, stop_at=POOR_READING), seed=20),
-        Pupil("student-arithmetic", SMALL, phases(world, reading=1600, solving=1200, slips=SLIPS), seed=30),
+        Pupil("student", SMALL, phases(world, reading=1200, solving=1600, stop_at=POOR_READING), seed=10),
+        Pupil("student-arithmetic", SMALL, phases(world, reading=1600, solving=1600, slips=0.35), seed=20),
+        Pupil("student-both", SMALL, phases(world, reading=1200, solving=1600, stop_at=POOR_READING, slips=0.2), seed=30),
     )
 
 
