@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from PIL import Image
@@ -536,7 +536,9 @@ def _fields_at(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
     model: Any = kind
     for part in path:
         field = model.model_fields.get(part)
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        annotation = field.annotation if field else None
+        sections = [x for x in (annotation, *get_args(annotation)) if isinstance(x, type) and issubclass(x, BaseModel)]  # also `X | None`
+        if not sections:
             return []
+        model = sections[0]
     return list(model.model_fields)

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from small_pair import Pair, make_config
-from vaopd.config import RunConfig, ViewConfig
-from vaopd.errors import CheckpointError
+from vaopd.config import RunConfig, ViewConfig, parse_config
+from vaopd.errors import CheckpointError, ConfigError
 from vaopd.evaluate.command import evaluate_folder
 from vaopd.models.load import load_model, open_source
 from vaopd.models.lora import adapters
@@ -49,6 +50,36 @@ def best_of(run: Path) -> Path:
     best = checkpoint.named(run / "checkpoints", checkpoint.BEST)
     assert best is not None
     return best
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_section_and_its_defaults(recipe: Callable[..., RunConfig]) -> None:
+    assert recipe().lora is None
+    config = recipe(lora={})
+    assert config.lora is not None
+    assert config.lora.model_dump() == {"rank": 16, "alpha": 32, "dropout": 0, "targets": None, "vision": False}
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"dropout": 0.05}}, "lora.dropout.*must be 0, found 0.05.*Leave it out"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+        ({"lora": {"targets": []}}, "lora.targets"),
+        ({"lora": {"ranks": 8}}, "Did you mean 'rank'"),
+        ({"lora": {"vision": True}, "optim": {"train_vision": False}}, "Keep one of them"),
+        ({"teacher": "student"}, "only where adapters are trained.*add `lora: {}`.*load it twice with `teacher: /"),
+    ],
+)
+def test_a_wrong_section_is_refused(recipe: Callable[..., RunConfig], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(**changes)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def test_only_the_adapters_are_optimised(recipe: Callable[..., RunConfig]) -> None:

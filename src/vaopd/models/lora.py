@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, put into the model in place: W x + alpha / rank · B A x.
 
-The model stays what it was, with `LoraLayer`s where its linear layers were, so every forward pass, sampler and loss takes it as it is.
+The model stays what it was, with PEFT's layers where its linear layers were, so every forward pass, sampler and loss takes it as it is.
 Its own weights are frozen; with the adapters off it is the model before training, and that is a teacher without a second copy.
 
 Neither the LM head nor the embeddings are ever adapted: the divergence reads the head's weight as it is (vaopd.core.Head).
@@ -24,7 +24,7 @@ from vaopd.config import LoraConfig
 from vaopd.errors import ConfigError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear as LoraLinear
 
 ADAPTER = "default"  # PEFT's name of the only one
 PEFT_PREFIX = "base_model.model."  # of the tensors in an adapter's file
@@ -88,13 +88,13 @@ def add_adapters(model: Any, lora: LoraConfig, *, seed: int) -> None:
     model.eval()
 
 
-def adapters(model: Any) -> dict[str, LoraLayer]:
+def adapters(model: Any) -> dict[str, LoraLinear]:
     """The adapted layers by name; empty for a model without adapters."""
     if not hasattr(model, "peft_config"):
         return {}
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear as LoraLinear
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 @contextmanager
