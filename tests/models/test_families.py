@@ -19,7 +19,7 @@ from family_checks import BOUND, groups, logits, prompts, small
 from small_families import BUILDERS, make_small, plain_inputs
 from vaopd.errors import ModelError
 from vaopd.models import families, forward, shared_prompt
-from vaopd.models.families import FAMILIES, family_of, repeat_features
+from vaopd.models.families import FAMILIES, family_of, repeat_features, vision_parameters
 from vaopd.models.forward import head_of, rows
 from vaopd.models.load import check_agreement, load_model, open_source, save_model
 from vaopd.models.shared_prompt import Auto, Spans, shared, why_not_shared
@@ -343,6 +343,19 @@ def test_a_type_that_is_not_supported_is_refused_by_name(tmp_path: Path, model_t
     (tmp_path / "configuration.py").write_text("raise SystemExit('run')", encoding="utf-8")
     with pytest.raises(ModelError, match=rf"'{model_type}' are not supported\. Did you mean '{hint}'\?.*-HF"):
         open_source(str(tmp_path))
+
+
+@every_family
+def test_what_stands_before_the_decoder_can_be_frozen(name: str) -> None:
+    """The tower, the projector and the line ends of LLaVA-OneVision; neither the embeddings nor a head tied to them."""
+    model = small(name).model
+    found = {id(parameter) for parameter in vision_parameters(model)}
+    names = {key for key, parameter in model.named_parameters() if id(parameter) in found}
+    parts = ("model.visual.", "model.vision_", "model.multi_modal_projector.", "model.connector.", "model.image_newline")
+    assert names == {key for key, _ in model.named_parameters() if key.startswith(parts)}
+    assert len({key.split(".")[1] for key in names}) == {"qwen2_5_vl": 1, "qwen3_vl": 1, "qwen3_vl_moe": 1, "llava_onevision": 3}.get(
+        name, 2
+    )
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------

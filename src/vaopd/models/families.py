@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 from transformers import Gemma3Processor, Idefics3Processor, ProcessorMixin
 
@@ -213,6 +214,12 @@ def family_named(model_type: str) -> Family:
             "code that comes with a checkpoint is run (of InternVL take one that ends in -HF). A family is one class in "
             "vaopd/models/families.py"
         ) from None
+
+
+def vision_parameters(model: Any) -> list[Parameter]:
+    """What stands before the decoder: the vision tower and what projects and joins its features."""
+    decoder = {id(parameter) for parameter in model.get_decoder().parameters()}
+    return [parameter for parameter in model.model.parameters() if id(parameter) not in decoder]
 
 
 def position_ids(positions_ARL: Tensor) -> Tensor:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from small_processor import encoded, make_tokenizer, noise
-from transformers import (
-    CLIPImageProcessorPil,
-    Gemma3ImageProcessorPil,
-    Gemma3Processor,
-    Idefics3ImageProcessorPil,
-    Idefics3Processor,
-    LlavaProcessor,
-)
+from transformers import CLIPImageProcessorPil, LlavaProcessor
 
+from small_families import BUILDERS
 from vaopd.data.render import Renderer
 from vaopd.types import DEGRADED, ORIGINAL, Example
 from vaopd.views import view
@@ -41,24 +36,12 @@ def llava() -> Any:
     return LlavaProcessor(images, tokenizer, chat_template=template("<image>\n", "</s>"), **options)
 
 
-def idefics3() -> Any:
-    """Cuts an image into tiles, each with tokens of its own."""
-    special = [*COMMON, "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<row_1_col_1>"]
-    tokenizer = make_tokenizer(special, eos_token="<end_of_utterance>", **NAMED)
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template("<image>", "<end_of_utterance>\n"))
+def own(model_type: str) -> Any:
+    """The processor of one of our families."""
+    return BUILDERS[model_type](0, 48)[0]
 
 
-def gemma3() -> Any:
-    """Writes a BOS, strips texts, and expands a token that isn't its image token."""
-    special = [*COMMON, "<bos>", "<end_of_turn>", "<start_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
-    extra = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokenizer = make_tokenizer(special, eos_token="<end_of_turn>", bos_token="<bos>", extra_special_tokens=extra, **NAMED)
-    chat = template("<start_of_image>", "<end_of_turn>\n", "<start_of_turn>", "{{ c['text'] | trim }}", "{{ bos_token }}")
-    return Gemma3Processor(Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, image_seq_length=4, chat_template=chat)
-
-
-@pytest.mark.parametrize("make", [llava, idefics3, gemma3])
+@pytest.mark.parametrize("make", [llava, *(partial(own, name) for name in BUILDERS)], ids=["llava", *BUILDERS])
 def test_own_ids_and_harmless_text(make: Callable[[], Any]) -> None:
     processor = make()
     renderer, picture = Renderer(processor, view("pixelate")), noise(100, 60)
