@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Several of torch's threads on a busy machine wait for one another by spinning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo easy-vqa bench test test-slow test-peers check format models calibrate clean
+.PHONY: demo easy-vqa bench test test-slow test-peers test-trackers check format models calibrate clean
 
 demo: .venv/ready  ## OPD and VA-OPD on the built-in world, evaluation and report: runs/demo/report.html
 	$(BIN)/vaopd study demo
@@ -24,6 +24,10 @@ test-slow: .venv/ready  ## the slow tests
 
 test-peers: .venv/bench-ready  ## the benchmark's tests with TRL and Liger beside it
 	$(BIN)/pytest tests/bench
+
+test-trackers: .venv/trackers-ready  ## the trackers' tests beside Weights & Biases and trackio
+	PYTHONPATH=.venv/trackers $(BIN)/python -c 'import trackio, wandb'
+	PYTHONPATH=.venv/trackers $(BIN)/pytest tests/train/test_trackers.py
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff check .
@@ -49,6 +53,13 @@ models: .venv/ready  ## retrain the models of the built-in world from their seed
 
 .venv/bench-ready: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt --editable '.[bench]'
+	touch $@
+
+# In a folder of their own: trackio wants an older pillow than everything else is tested with.
+.venv/trackers-ready: .venv/ready constraints-trackers.txt
+	rm -rf .venv/trackers
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['trackers'], sep='\n')" > .venv/trackers.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-trackers.txt --target .venv/trackers --requirement .venv/trackers.txt
 	touch $@
 
 clean:

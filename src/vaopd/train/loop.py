@@ -8,13 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from vaopd.config import RunConfig
 from vaopd.errors import CheckpointError, TrainingStopped
 from vaopd.models.export import export_model
 from vaopd.models.lora import adapters, save_adapter
-from vaopd.train import checkpoint
+from vaopd.train import checkpoint, trackers
 from vaopd.train.card import write_card
 from vaopd.train.evaluation import evaluate_step, final_evaluation
 from vaopd.train.folder import RunFolder
@@ -56,23 +54,29 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress | None 
     run = set_up(config, on_check=progress.on_check)
     start = _resume(run) if resume else _start(run)
     _measure_noise(run, progress)
-    writer = SummaryWriter(str(run.folder.path / "tensorboard"), purge_step=start + 1) if "tensorboard" in config.trackers else None
+    with trackers.tracked(run.tools.accelerator, run.folder) as places:
+        for place in places:
+            progress.on_check(place)
+        _go_on(run, start, progress)
+        progress.on_peak(peak_memory(run.student.device))
+        _finish(run, progress)
+    return run.folder.path
+
+
+def _go_on(run: Run, start: int, progress: Progress) -> None:
+    """The steps after `start`, -1 for a run that has not been evaluated yet."""
+    config = run.config
     if start < 0:
-        _evaluate(run, 0, progress, writer)
+        _evaluate(run, 0, progress)
     for step in range(max(start, 0) + 1, run.steps + 1):
         row = _one_step(run, step)
-        _record(run, row, progress, writer)
+        _record(run, row, progress)
         _warn_of_truncation(run, row)
         _stop_if_sick(run, row)
         if step % config.eval.every == 0 or step == run.steps:
-            _evaluate(run, step, progress, writer)
+            _evaluate(run, step, progress)
         elif step % (config.checkpoint.every or config.eval.every) == 0:
             _save(run, step)
-    if writer:
-        writer.close()
-    progress.on_peak(peak_memory(run.student.device))
-    _finish(run, progress)
-    return run.folder.path
 
 
 def _start(run: Run) -> int:
@@ -142,23 +146,21 @@ def _stop_if_sick(run: Run, row: Metrics) -> None:
         )
 
 
-def _record(run: Run, row: Metrics, progress: Progress, writer: SummaryWriter | None) -> None:
+def _record(run: Run, row: Metrics, progress: Progress) -> None:
     run.folder.append(run.folder.metrics, row)
     progress.on_row(row, run.steps)
-    if writer:
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "step":
-                writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+    trackers.log_metrics(run.tools.accelerator, row)
 
 
-def _evaluate(run: Run, step: int, progress: Progress, writer: SummaryWriter | None) -> None:
+def _evaluate(run: Run, step: int, progress: Progress) -> None:
     """Evaluate on the held-out questions, save, and make this checkpoint the best where it is."""
     best = run.state["best"]
     if run.held_out:
         row, samples = evaluate_step(run, step)
-        _record(run, row, progress, writer)
+        _record(run, row, progress)
         for sample in samples:
             run.folder.append(run.folder.samples, sample)
+        trackers.log_samples(run.tools.accelerator, step, samples)
         if best is None or _better(row, best):
             run.state["best"] = {"step": step, "accuracy": row["accuracy"], "kl": row["kl"]}
     else:  # nothing to choose by: the last is the best

@@ -26,6 +26,7 @@ from vaopd.rollouts.given import GivenEngine
 from vaopd.rollouts.hf import Sampling
 from vaopd.teachers.local import LocalTeacher
 from vaopd.teachers.offload import Visits
+from vaopd.train import trackers
 from vaopd.train.checkpoint import fingerprint, frozen_tensors
 from vaopd.train.folder import RunFolder
 from vaopd.train.schedule import total_steps
@@ -73,6 +74,7 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     """All gates, then the models. Raises ConfigError, ModelError or DataError before any weight is loaded."""
     weighting_of(config, 0)
     _check_divergence(config)
+    trackers.check(config.trackers)
     degrade = config.view.make()
     source = open_source(config.student)
     teacher_source = open_source(config.teacher) if config.teacher and not config.self_taught else None
@@ -84,7 +86,7 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     renderer = Renderer(source.processor, degrade)
     training, held_out, test = read_data(config, on_check)
 
-    accelerator = Accelerator(mixed_precision=precision(config))
+    accelerator = Accelerator(mixed_precision=precision(config), log_with=trackers.make(config) or None)
     student = load_student(config, source, accelerator)
     forward: ResponseForward = rows if config.forward == "rows" else Auto()
     if config.self_taught:
