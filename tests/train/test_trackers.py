@@ -389,7 +389,7 @@ def test_a_killed_process_and_a_network_that_nobody_uses(tmp_path: Path, pair: P
         for code, resume, expected in ((kill, [], 9), ("", ["--resume"], 0)):
             program = f"{code}import sys; from vaopd.cli import main; sys.argv[0] = 'vaopd'; main()"
             command = [sys.executable, "-c", program, "train", str(recipe), "--no-report", *resume]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == expected, done.stdout + done.stderr
         assert knocks == []
     assert (config.run / "trackio" / "vaopd.db").exists()
