@@ -277,6 +277,9 @@ def test_the_adapter_loads_with_peft(pair: Pair, groups: list[Group], tmp_path: 
     model = adapted(pair)
     save_adapter(model, tmp_path / "adapter", base="owner/base")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    expected = {f"base_model.model.{layer}.lora_{part}.weight" for layer in adapters(model) for part in "AB"}
+    assert names == expected, "PEFT's own names, without that of the adapter"
     again = PeftModel.from_pretrained(pair.fresh(), tmp_path / "adapter").base_model.model
     assert torch.equal(states(again, groups), states(model, groups))
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
