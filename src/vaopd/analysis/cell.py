@@ -26,7 +26,7 @@ from vaopd.train.loop import Progress, train
 from vaopd.types import DEGRADED, ORIGINAL, Example
 
 DONE, COST = "cell.json", "cost.jsonl"
-FIXED_QUESTIONS = 256  # with a picture, one response each
+FIXED_QUESTIONS = 128  # with a picture, one response each
 EVALUATION_NOISE = 1  # the seed of a baseline's samples: that of `vaopd evaluate`
 HEAVY = ("checkpoints", "model", "adapter", "tensorboard")  # what only further training or use needs
 
