@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,16 +187,16 @@ def qwen3_vl(pad: int, hidden: int) -> tuple[Any, Any, Any]:
 
 
 def qwen3_vl_moe(pad: int, hidden: int) -> tuple[Any, Any, Any]:
-    processor, values = qwen3_vl_parts(pad, hidden, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    processor, values = qwen3_vl_parts(pad, hidden, **EXPERTS)
     return processor, Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig(**values)
 
 
-def internvl(pad: int, hidden: int) -> tuple[Any, Any, Any]:
+def internvl(pad: int, hidden: int, **words: Any) -> tuple[Any, Any, Any]:
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
     tokenizer = chatml_tokenizer(list(names.values()), **names)
     images = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=4)
     processor = ImageOnlyInternVLProcessor(images, tokenizer, image_seq_length=4, chat_template=chatml("<IMG_CONTEXT>\n"))
-    words = {"model_type": "qwen2", **text(tokenizer, pad, hidden)}
+    words = {"model_type": "qwen2", **text(tokenizer, pad, hidden), **words}
     tower = vision(image_size=[16, 16], patch_size=[4, 4])
     config = InternVLConfig(
         text_config=words,
@@ -274,16 +275,21 @@ def llava_onevision(pad: int, hidden: int) -> tuple[Any, Any, Any]:
 BUILDERS: dict[str, Callable[[int, int], tuple[Any, Any, Any]]] = {
     build.__name__: build for build in (qwen2_5_vl, qwen3_vl, qwen3_vl_moe, internvl, idefics3, smolvlm, gemma3, llava_onevision)
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+VARIANTS: dict[str, Callable[[int, int], tuple[Any, Any, Any]]] = {  # the language models of InternVL 3.5
+    "internvl on qwen3": partial(internvl, model_type="qwen3"),
+    "internvl on qwen3_moe": partial(internvl, model_type="qwen3_moe", **EXPERTS),
+}
 
 
-def make_small(model_type: str, *, pad: int = 0, hidden: int = 48, seed: int = 1) -> Small:
-    """The tiny model of a type; `pad` rows of its head are beyond the tokenizer's ids."""
-    processor, kind, config = BUILDERS[model_type](pad, hidden)
+def make_small(name: str, *, pad: int = 0, hidden: int = 48, seed: int = 1) -> Small:
+    """The tiny model of a type or a variant; `pad` rows of its head are beyond the tokenizer's ids."""
+    processor, kind, config = {**BUILDERS, **VARIANTS}[name](pad, hidden)
     torch.manual_seed(seed)
     model = randomise(kind._from_config(config, attn_implementation="sdpa"), seed).eval()
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    return Small(model_type, processor, model)
+    return Small(config.model_type, processor, model)
 
 
 # --- prompts, and transformers' own way to the logits -----------------------------------------------------------------

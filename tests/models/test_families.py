@@ -16,7 +16,7 @@ from torch import Tensor
 
 import family_checks as checks
 from family_checks import BOUND, groups, logits, prompts, small
-from small_families import BUILDERS, make_small, plain_inputs
+from small_families import BUILDERS, VARIANTS, make_small, plain_inputs
 from vaopd.errors import ModelError
 from vaopd.models import families, forward, shared_prompt
 from vaopd.models.families import FAMILIES, family_of, repeat_features, vision_parameters
@@ -78,6 +78,29 @@ def test_a_shared_prompt_gives_what_rows_give(name: str) -> None:
     assert why_not_shared(small(name).model) is None
     assert checks.shared_error(name) < BOUND
     assert checks.gradient_error(checks.way_gradients(name, shared), checks.way_gradients(name, rows)) < BOUND
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_other_language_models_of_a_family(name: str) -> None:
+    assert checks.rows_error(name) < BOUND
+    assert checks.shared_error(name) < BOUND
+    by_rows = checks.way_gradients(name, rows)
+    assert checks.gradient_error(by_rows, checks.plain_gradients(name)) < BOUND
+    assert checks.gradient_error(checks.way_gradients(name, shared), by_rows) < BOUND
+    assert checks.greedy(name) == [[answer, answer] for answer in checks.generated(name)]
+
+
+@every_sharing_family
+def test_recomputed_activations_give_the_same_gradients(name: str) -> None:
+    """Layers are called once more in the backward, where the packed row's attention has to be the same."""
+    model = copy.deepcopy(small(name).model).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    calls: list[int] = []
+    model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    logits_NV = head_of(model, small(name).vocab_size).logits(shared(model, groups(name), ORIGINAL))
+    found = checks.gradients(model, (logits_NV * checks.direction(name)).sum())
+    assert len(calls) == 2, "a forward, and one more in the backward"
+    assert checks.gradient_error(found, checks.way_gradients(name, rows)) < BOUND
 
 
 @every_family

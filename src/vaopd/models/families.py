@@ -135,7 +135,7 @@ class Idefics3(Family):
     """SmolVLM of the first generation, which is an Idefics3: rows and columns of tiles with tokens of their own between them."""
 
     title = "SmolVLM (Idefics3)"
-    processor = Idefics3Processor
+    processor: ClassVar[type[ProcessorMixin]] = Idefics3Processor
     placeholders = "`image_seq_len` per tile, `<row_i_col_j>` between them"
     reads = frozenset({"pixel_values", "pixel_attention_mask"})
 
