@@ -93,13 +93,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "columns for rows": [("divergence.py", "keep_RT.nonzero()[:, 0]", "keep_RT.nonzero()[:, 1]")],
     "padded head rows in the softmax": [("divergence.py", "size = declared.pop() if declared else rows[0]", "size = min(rows)")],
     "gradient through the teacher": [("divergence.py", "with torch.no_grad():", "with torch.enable_grad():")],
-    "teacher temperature": [
-        (
-            "fused.py",
-            "teacher.logits(self.teacher_hidden_NG[rows], out=z_nV)",
-            "teacher.logits(self.teacher_hidden_NG[rows], out=z_nV).div_(0.7)",
-        )
-    ],
+    "teacher temperature": [("fused.py", "teacher.logits(teacher_nG, out=z_nV)", "teacher.logits(teacher_nG, out=z_nV).div_(0.7)")],
     "normalizer ignored": [("fused.py", "self.c_N.to(hidden_NH.device, dtype) / self.normalizer", "self.c_N.to(dtype)")],
     "upstream gradient ignored": [("fused.py", "g.mul_(grad_loss)", "g")],
     "gradient without its coefficient": [("head.py", "(c_n * self.projection.scale)", "(torch.ones_like(c_n) * self.projection.scale)")],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import refuse_create_graph, require_exact, require_finite, require_flat, require_positive, require_same_length
+from .compiled import elementwise_for
 from .divergence import Divergence, as_divergence, require_pair
 from .head import Head, HeadGradients, Projection, chunks, default_chunk, no_autocast, wide_dtype
 
@@ -94,19 +95,24 @@ class _Sweep:
         gradients = HeadGradients(student, hidden_NH, self.student_head, needs) if any(needs) else None
         c_N = self.c_N.to(hidden_NH.device, dtype) / self.normalizer
         kl_N = torch.empty_like(c_N)
-        # Three buffers for the whole pass: freed and allocated anew per chunk, blocks of this size leave holes that double the peak.
-        buffers = kl_N.new_empty(3, min(self.chunk, len(kl_N)), self.vocab)
+        compiled = elementwise_for(self.measure, hidden_NH.device) if gradients else None
+        # Buffers for the whole pass: freed and allocated anew per chunk, blocks of this size leave holes that double the peak.
+        buffers = kl_N.new_empty(2 if compiled else 3, min(self.chunk, len(kl_N)), self.vocab)
         for rows in chunks(len(kl_N), self.chunk):
-            hidden_nH, (z_nV, logq_nV, logp_nV) = hidden_NH[rows], buffers[:, : rows.stop - rows.start]
+            hidden_nH, teacher_nG = hidden_NH[rows], self.teacher_hidden_NG[rows]
+            z_nV, other_nV, *third = buffers[:, : len(hidden_nH)]
             student.logits(hidden_nH, out=z_nV)
             slope_nV = student.slope(z_nV) if gradients else None
-            torch.log_softmax(z_nV, -1, out=logq_nV)
-            torch.log_softmax(teacher.logits(self.teacher_hidden_NG[rows], out=z_nV), -1, out=logp_nV)
-            if gradients is None:
-                kl_N[rows] = self.measure.value(logq_nV, logp_nV)
+            if compiled and gradients:
+                kl_N[rows], grad_nV = compiled(z_nV, teacher.logits(teacher_nG, out=other_nV))
             else:
+                logq_nV = torch.log_softmax(z_nV, -1, out=other_nV)
+                logp_nV = torch.log_softmax(teacher.logits(teacher_nG, out=z_nV), -1, out=third[0])
+                if gradients is None:
+                    kl_N[rows] = self.measure.value(logq_nV, logp_nV)
+                    continue
                 kl_N[rows], grad_nV = self.measure.value_and_grad_(logq_nV, logp_nV, z_nV)
-                gradients.add(rows, hidden_nH, grad_nV, slope_nV, c_N[rows])
+            gradients.add(rows, hidden_nH, grad_nV, slope_nV, c_N[rows])
         return (c_N * kl_N).sum(), kl_N, gradients.results() if gradients else (None, None, None)
 
 
