@@ -344,6 +344,19 @@ def test_a_bf16_base_gives_a_bf16_folder(bf16_source: Source, tmp_path: Path, wi
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])
+def test_a_tied_head_is_written_once(tmp_path: Path, with_adapters: bool) -> None:
+    small = make_small("gemma3")
+    assert small.model.config.tie_word_embeddings
+    save_model(small.model.bfloat16(), small.processor, tmp_path / "base")
+    source = open_source(str(tmp_path / "base"))
+    model = load_model(source, dtype=torch.float32)
+    if with_adapters:
+        add_adapters(model, LORA, seed=0)
+    export_model(model, source, tmp_path / "model")
+    assert load_file(tmp_path / "model" / "model.safetensors").keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
 def test_what_rounding_swallows_is_measured_and_said(
     bf16_source: Source, tmp_path: Path, with_adapters: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
