@@ -18,6 +18,7 @@ from vaopd.data.sources import read_examples
 from vaopd.data.validate import check_disjoint
 from vaopd.errors import ConfigError, DataError
 from vaopd.evaluate.held_out import sampler
+from vaopd.models.families import vision_parameters
 from vaopd.models.forward import rows
 from vaopd.models.load import Source, check_agreement, load_model, open_source
 from vaopd.models.lora import adapters_off, add_adapters, check_lora
@@ -143,7 +144,8 @@ def load_student(config: RunConfig, source: Source, accelerator: Accelerator) ->
     if config.lora:
         add_adapters(student, config.lora, seed=config.seed)
     elif not config.optim.train_vision:
-        student.model.visual.requires_grad_(False)
+        for parameter in vision_parameters(student):
+            parameter.requires_grad_(False)
     if config.optim.checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
         student.train()  # transformers recomputes in this mode only
