@@ -37,17 +37,17 @@ def error(text: str) -> None:
     errors.print(f"[bold red]error[/]  {escape(text)}", soft_wrap=True)
 
 
-def _bars() -> Progress:
-    return Progress(
+def _bars(*, time_left: bool = True) -> Progress:
+    columns = [
         # Widths that fit a terminal of 80 columns.
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
+        *([TimeRemainingColumn(compact=True)] if time_left else []),
         TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
-        console=console,
-    )
+    ]
+    return Progress(*columns, console=console)
 
 
 def _number(value: Any, digits: int) -> str:
@@ -116,30 +116,40 @@ class StudyView:
     """One bar per cell of a study; one over all cells where there are many."""
 
     def __init__(self, config: StudyConfig) -> None:
-        self.config, self.bars = config, _bars()
+        self.config = config
+        self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.told: set[str] = set()  # checks of the cells that were shown; most cells have the same
-        self.began: dict[str, tuple[float, float]] = {}  # bar over all cells -> time and number of those done when it appeared
+        self.began = (0.0, 0.0)  # of the bar over all cells: when it appeared, and how many were done then
 
     def __enter__(self) -> StudyView:
         if not self.config.is_matrix:
             say(f"{self.config.name}: {len(self.config.methods)} methods x {len(self.config.seeds)} seeds, run folder {self.config.run}")
-        self.bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.bars.stop()
+        if self.bars:
+            self.bars.stop()
 
     def update(self, states: Mapping[Job, str]) -> None:
         """Redraw from the cells' own logs and metrics."""
-        if len(states) > MOST_BARS:
-            return self._update_one(states)
+        many, first = len(states) > MOST_BARS, next(iter(states)).name
+        if self.bars is None or (many and first not in self.tasks):  # a phase begins
+            self.__exit__(None, None, None)
+            self.bars, self.tasks = _bars(time_left=not many), {}
+            self.bars.start()
         for job, state in states.items():
             self._tell_checks(job, state)
+        if many:
+            self._update_one(self.bars, states, first)
+        else:
+            self._update_each(self.bars, states)
+
+    def _update_each(self, bars: Progress, states: Mapping[Job, str]) -> None:
+        for job, state in states.items():
             if job.name not in self.tasks:
-                self.tasks[job.name] = self.bars.add_task(job.name, total=job.steps or 1, rate="", text="")
-            self.bars.update(self.tasks[job.name], **_job_fields(job, state))
-        return None
+                self.tasks[job.name] = bars.add_task(job.name, total=job.steps or 1, rate="", text="")
+            bars.update(self.tasks[job.name], **_job_fields(job, state))
 
     def _tell_checks(self, job: Job, state: str) -> None:
         from vaopd.analysis.study import checks
@@ -150,18 +160,18 @@ class StudyView:
                     say(line)
                     self.told.add(line)
 
-    def _update_one(self, states: Mapping[Job, str]) -> None:
-        """A bar over the cells of a phase: those done and the share of those that go on, with the time left at that pace."""
-        phase = next(iter(states)).name.partition("/")[0] if all("/" in job.name for job in states) else "cells"
+    def _update_one(self, bars: Progress, states: Mapping[Job, str], first: str) -> None:
+        """A bar over the cells of a phase: those done, and the time left at the pace of those done and of the steps of the others."""
         whole = sum(state == "done" for state in states.values())
         done = whole + sum(_share_done(job) for job, state in states.items() if state == "running")
-        running = [job.name.rpartition("/")[2] for job, state in states.items() if state == "running"]
-        began, before = self.began.setdefault(phase, (time.monotonic(), done))
+        if first not in self.tasks:
+            self.tasks[first] = bars.add_task(first.partition("/")[0] if "/" in first else "cells", total=len(states), rate="", text="")
+            self.began = time.monotonic(), done
+        began, before = self.began
         pace = (time.monotonic() - began) / (done - before) if done - before > 0.05 else None
         left = "" if pace is None else f"{_duration((len(states) - done) * pace)} left"
-        if phase not in self.tasks:
-            self.tasks[phase] = self.bars.add_task(phase, total=len(states), rate="", text="")
-        self.bars.update(self.tasks[phase], completed=whole, rate=left, text=", ".join(running))
+        running = [job.name.rpartition("/")[2] for job, state in states.items() if state == "running"]
+        bars.update(self.tasks[first], completed=whole, rate=left, text=", ".join(running))
 
 
 def _share_done(job: Job) -> float:

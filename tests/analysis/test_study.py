@@ -198,16 +198,20 @@ def test_a_matrix_without_answers_is_refused_before_anything_runs(tmp_path):
         run_study(study, on_progress=lambda now: None)
 
 
-def test_one_bar_over_many_cells_counts_the_running_ones_by_their_steps(tmp_path):
+def test_one_bar_over_many_cells_counts_the_running_ones_by_their_steps(tmp_path, monkeypatch):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(json.dumps({"kind": "train", "step": 5, "loss": 1.0, "seconds": 1.0}) + "\n")
     job = study_module.Job("a", (), tmp_path / "log", tmp_path / "none", metrics, steps=10)
     assert terminal._share_done(job) == pytest.approx(0.45)
-    view = terminal.StudyView(load_study(study_file(tmp_path, seeds=[0, 1])))
     jobs = {study_module.Job(f"opd-seed{i}", (), tmp_path / "log", tmp_path / "none"): "waiting" for i in range(9)}
-    jobs[job] = "running"
-    view.update(jobs)
-    assert list(view.tasks) == ["cells"]
-    (task,) = view.bars.tasks
-    assert (task.completed, task.total) == (0, 10)
+    now = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal.StudyView(load_study(study_file(tmp_path, seeds=[0, 1]))) as view:
+        view.update({**jobs, job: "waiting"})
+        now[0] = 109.0
+        view.update({**jobs, job: "running"})
+        (task,) = view.bars.tasks
+    assert (task.description, task.completed, task.total) == ("cells", 0, 10)
     assert task.fields["text"] == "a"
+    # 0.45 cells in 9 s: 20 s each, and 9.55 are left.
+    assert task.fields["rate"] == "3 min left"

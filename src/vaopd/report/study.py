@@ -283,14 +283,15 @@ def stratum_figures(place: tuple[str, ...], rows: Sequence[Json], colours: Mappi
         if curve
     ]
     trails = [
-        Series(method_label(m), [p[3] for p in known], [p[1] for p in known], colours[m])
+        Series(method_label(m), [va for va, _ in known], [accuracy for _, accuracy in known], colours[m])
         for m, curve in curves.items()
-        if (known := [p for p in curve if p[3] is not None])
+        if (known := [(va, accuracy) for _, accuracy, _, va in curve if va is not None])
     ]
     title, unit = "Held-out accuracy", "%, shaded ± standard error over seeds"
     against, x_name = "Held-out accuracy against mean VA", "mean VA, nats per token"
     return {
         "place": place_words(rows[0], varied),
+        "last": figures.last_values(lines),
         "accuracy": Markup(line_plot(lines, slug=f"accuracy-{index}", title=title, unit=unit, zero=False, dots=True)),
         "trail": Markup(trail_plot(trails, slug=f"trail-{index}", title=against, x_name=x_name)),
     }
