@@ -325,9 +325,7 @@ def plain_inputs(small: Small, sample: Example, view_name: str) -> dict[str, Ten
     options: dict[str, Any] = {"images": [images]} if images else {}
     if bos and chat.startswith(bos):
         options["add_special_tokens"] = False
-    inputs = dict(small.processor(text=[chat], return_tensors="pt", **options))
-    inputs.pop("num_crops", None)  # Gemma 3's processor counts crops, its model takes no such argument
-    return inputs
+    return dict(small.processor(text=[chat], return_tensors="pt", **options))
 
 
 def plain_logits(small: Small, sample: Example, response: Tensor, view_name: str) -> Tensor:

@@ -34,7 +34,6 @@ class Family:
     processor: ClassVar[type[ProcessorMixin]]  # needs no torchvision
     placeholders: ClassVar[str]  # how an image becomes placeholders, for the documentation
     reads: ClassVar[frozenset[str]] = frozenset({"pixel_values"})  # what `get_image_features` is given of the processor's tensors
-    passes_over: ClassVar[frozenset[str]] = frozenset()  # tensors of the processor that the model itself does not read either
     axes: ClassVar[int] = 1  # of the position ids
     not_shared: ClassVar[str | None] = None  # why siblings can never share their prompt
 
@@ -76,7 +75,7 @@ class Family:
         return {}
 
     def _check_inputs(self, view: Images) -> None:
-        if unknown := sorted(view.keys() - self.reads - self.passes_over):
+        if unknown := sorted(view.keys() - self.reads):
             raise ModelError(
                 f"the image processor makes {', '.join(unknown)}, which {self.title} models are not known to read "
                 f"(known: {', '.join(sorted(self.reads))}). Take the processor that belongs to the model"
@@ -157,7 +156,6 @@ class Gemma3(Family):
     title = "Gemma 3"
     processor = Gemma3Processor
     placeholders = "`image_seq_length` per image, `<start_of_image>` before them"
-    passes_over = frozenset({"num_crops"})
     not_shared = "its image tokens see what comes after them"
 
     def placeholder_id(self, processor: Any) -> int:
