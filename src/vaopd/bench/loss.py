@@ -120,12 +120,11 @@ def measure_losses(plan: Plan, on_part: Callable[[str], None] = lambda _: None) 
 def measure_memory(plan: Plan) -> list[MemoryResult]:
     """The fused loss and whole logits at one N and growing V, each in a fresh process, which runs once."""
     N, vocabularies = plan.memory
-    return [
-        MemoryResult(
-            N, V, *(_peak(kernel, (N, V, *plan.loss_hidden)) for kernel in ("fused", "materialised")), V * plan.loss_hidden[0] / 2**18
-        )
-        for V in vocabularies
-    ]
+    results = []
+    for V in vocabularies:
+        fused, materialised = (_peak(kernel, (N, V, *plan.loss_hidden)) for kernel in ("fused", "materialised"))
+        results.append(MemoryResult(N, V, fused, materialised, gradient=V * plan.loss_hidden[0] / 2**18))
+    return results
 
 
 def _peak(kernel: str, sizes: tuple[int, ...]) -> float | None:
