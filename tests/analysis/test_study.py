@@ -13,10 +13,11 @@ from vaopd import cli, terminal
 from vaopd.analysis import study as study_module
 from vaopd.analysis.matrix import comparison_cells
 from vaopd.analysis.study import StudyFailed, foresee, plan, run_study
-from vaopd.config import load_study
+from vaopd.config import WorldConfig, load_study
 from vaopd.data.sources import read_examples
 from vaopd.errors import ConfigError, DataError
 from vaopd.report import write_report
+from vaopd.world.data import write_world
 
 RECIPE = {
     "student": "builtin:student",
@@ -122,6 +123,11 @@ def test_the_own_image_gap_is_measured_on_one_set_of_responses(finished):
     assert set(given) <= {example.id for example in read_examples(study.run / "data-grainy" / "test.jsonl")}
 
 
+def test_the_study_is_written_with_everything_filled_in(finished):
+    study, _, _ = finished
+    assert load_study(study.run / "study.yaml") == study
+
+
 def test_a_finished_cell_of_numbers_keeps_no_model(finished):
     study, _, _ = finished
     left = {path.name for path in (study.run / "sft-grainy-seed0").iterdir()}
@@ -157,8 +163,11 @@ def test_a_finished_study_starts_no_process_and_the_page_and_tables_show_it(fini
     assert "below 0.5" in out
 
 
-def test_the_plan_says_where_its_seconds_are_from(tmp_path, capsys):
-    study = load_study(study_file(tmp_path, seeds=[0, 1, 2]))
+@pytest.mark.parametrize("own_data", [False, True])
+def test_the_plan_says_where_its_seconds_are_from(tmp_path, capsys, own_data):
+    data = write_world(WorldConfig(train=12, eval=4, test=6), tmp_path / "own").model_dump(mode="json")
+    changes = {"world": None, "recipe": {**RECIPE, "data": data}} if own_data else {}
+    study = load_study(study_file(tmp_path, seeds=[0, 1, 2], **changes))
     entries = foresee(study)
     assert [(e.method, e.cells, e.done, e.source) for e in entries] == [("opd", 3, 0, "calibrated"), ("sft", 3, 0, "calibrated")]
     assert entries[0].seconds > entries[1].seconds > 0  # sft trains on one response a prompt

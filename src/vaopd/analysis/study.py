@@ -75,6 +75,8 @@ def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | Non
         DataError: held-out questions have no answers, so that there is nothing to compare.
     """
     began = time.monotonic()
+    study.run.mkdir(parents=True, exist_ok=True)
+    RunFolder(study.run).write_text("study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     write_data(study)
     _check_answers(study)
     development = development_cells(study)
