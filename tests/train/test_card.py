@@ -78,6 +78,13 @@ def test_a_base_that_is_no_hub_name_is_no_metadata(student: str) -> None:
     assert "base_model" not in metadata(card(student=student))
 
 
+def test_a_folder_that_looks_like_a_hub_name_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert metadata(card(student="models/small"))["base_model"] == "models/small"
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    assert "base_model" not in metadata(card(student="models/small"))
+
+
 def test_it_says_what_was_done() -> None:
     text = card()
     assert "`Qwen/Qwen3-VL-2B-Instruct` (revision `abc123`), trained with `va_opd`, taught by `big`." in text

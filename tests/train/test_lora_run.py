@@ -89,6 +89,9 @@ def test_only_the_adapters_are_optimised(recipe: Callable[..., RunConfig]) -> No
     assert {id(p) for p in group["params"]} == trained
     assert len(trained) == 2 * 14
     assert run.tools.engine.model is run.student  # type: ignore[attr-defined]
+    other = prepare(recipe(**LORA, seed=1))
+    start, another = (next(iter(adapters(r.student).values())).lora_A["default"].weight for r in (run, other))
+    assert not torch.equal(start, another), "the run's seed draws them"
 
 
 @pytest.mark.parametrize("train_vision", [True, False])
