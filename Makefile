@@ -40,7 +40,7 @@ format: .venv/ready
 
 calibrate: .venv/ready  ## positive controls of the built-in world: the table of docs/world.md (about half an hour)
 	$(BIN)/vaopd study calibration
-	$(BIN)/vaopd study calibration --set run=runs/calibration/half --set recipe.optim.steps=100
+	$(BIN)/vaopd study calibration --set run=runs/calibration/half --set recipe.optim.steps=100 --set "seeds=[1, 2, 3, 4]"
 	$(BIN)/python -m vaopd.analysis.calibration runs/calibration/full runs/calibration/half
 
 models: .venv/ready  ## retrain the models of the built-in world from their seeds (about 20 minutes)

@@ -9,18 +9,24 @@ def test_accuracies_come_in_the_order_of_the_seeds(tmp_path):
     for seed, accuracy in ((10, 0.5), (2, 0.25), (1, 0.75)):
         (tmp_path / f"opd-seed{seed}").mkdir()
         (tmp_path / f"opd-seed{seed}" / "eval.json").write_text(json.dumps({"models": {"trained": {"accuracy": accuracy}}}))
-    assert accuracies(tmp_path) == [75, 25, 50]
+    assert list(accuracies(tmp_path).items()) == [(1, 75), (2, 25), (10, 50)]
+
+
+def by_seed(*values):
+    return dict(enumerate(values, 1))
 
 
 def test_controls_by_hand():
-    """Two seeds each: t with one degree of freedom is 12.706."""
-    found = controls([60, 62, 61, 65], [50, 51, 54, 53])
+    """Two differences: t with one degree of freedom is 12.706."""
+    found = controls(by_seed(60, 62, 61, 65), {1: 50, 4: 53})
     assert found["OPD minus OPD, other seeds"].mean == pytest.approx(2)  # 61-60 and 65-62
     assert found["OPD minus OPD, other seeds"].low == pytest.approx(2 - 12.7062 * 1, rel=1e-4)
-    assert found["all steps minus half"].mean == pytest.approx(10)  # 10, 11, 7, 12
+    assert found["all steps minus half, same seeds"].mean == pytest.approx(11)  # 10 and 12
     assert found["OPD, all steps"].mean == pytest.approx(62)
     with pytest.raises(ValueError, match="even number"):
-        controls([1, 2, 3], [1, 2, 3])
+        controls(by_seed(1, 2, 3), by_seed(1))
+    with pytest.raises(ValueError, match="half the steps"):
+        controls(by_seed(1, 2), {3: 1})
 
 
 def test_visible_difference_by_hand():

@@ -19,29 +19,31 @@ MODELS = ("student", "student-arithmetic", "student-both", "teacher-s", "teacher
 SEEDS = (4, 8, 16)
 
 
-def accuracies(study: Path) -> list[float]:
-    """Accuracy in percent at the end of every run of a study of one method, in the order of the seeds."""
+def accuracies(study: Path) -> dict[int, float]:
+    """Accuracy in percent at the end of every run of a study of one method, by seed."""
     found = {}
     for path in study.glob("opd-seed*/eval.json"):
         seed = int(path.parent.name.removeprefix("opd-seed"))
         found[seed] = 100 * json.loads(path.read_text(encoding="utf-8"))["models"]["trained"]["accuracy"]
-    return [found[seed] for seed in sorted(found)]
+    return dict(sorted(found.items()))
 
 
-def controls(full: Sequence[float], half: Sequence[float]) -> dict[str, Estimate]:
+def controls(full: Mapping[int, float], half: Mapping[int, float]) -> dict[str, Estimate]:
     """Positive controls, in points: where OPD ends, two sets of its seeds against one another (nothing differs), half the steps.
 
     Raises:
-        ValueError: an odd number of runs, which has no two halves, or different numbers.
+        ValueError: an odd number of runs, which has no two halves, or a run of half the steps whose seed has no run of all of them.
     """
-    if len(full) % 2 or len(full) != len(half):
-        raise ValueError(f"the controls need two studies of the same even number of runs, found {len(full)} and {len(half)}")
-    middle = len(full) // 2
+    if len(full) % 2 or not full or not half or half.keys() - full.keys():
+        raise ValueError(
+            f"the controls need an even number of runs, and half the steps on seeds of those; found seeds {sorted(full)} and {sorted(half)}"
+        )
+    ends, middle = list(full.values()), len(full) // 2
     return {
-        "OPD, all steps": mean_interval(full),
-        "OPD, half the steps": mean_interval(half),
-        "OPD minus OPD, other seeds": mean_interval([b - a for a, b in zip(full[:middle], full[middle:], strict=True)]),
-        "all steps minus half": mean_interval([a - b for a, b in zip(full, half, strict=True)]),
+        "OPD, all steps": mean_interval(ends),
+        "OPD, half the steps": mean_interval(list(half.values())),
+        "OPD minus OPD, other seeds": mean_interval([b - a for a, b in zip(ends[:middle], ends[middle:], strict=True)]),
+        "all steps minus half, same seeds": mean_interval([full[seed] - end for seed, end in half.items()]),
     }
 
 
@@ -55,7 +57,7 @@ def visible(full: Sequence[float], seeds: int) -> float:
     return t_quantile(0.975, seeds - 1) * (2 / seeds) ** 0.5 * deviation
 
 
-def table(models: Mapping[str, Mapping[str, Any]], full: Sequence[float], half: Sequence[float]) -> str:
+def table(models: Mapping[str, Mapping[str, Any]], full: Mapping[int, float], half: Mapping[int, float]) -> str:
     """All of it as Markdown."""
     lines = ["| model | parameters | right, % | labels read, % | follows from what was read, % |", "|---|---|---|---|---|"]
     for name, m in models.items():
@@ -65,7 +67,7 @@ def table(models: Mapping[str, Mapping[str, Any]], full: Sequence[float], half: 
     for name, e in controls(full, half).items():
         lines.append(f"| {name} | {e.mean:.1f} | {e.low:.1f} to {e.high:.1f} | {e.n} |")
     lines += ["", "| seeds of a comparison | " + " | ".join(map(str, SEEDS)) + " |", "|---|" + "---|" * len(SEEDS)]
-    lines.append("| smallest visible difference, points | " + " | ".join(f"{visible(full, n):.1f}" for n in SEEDS) + " |")
+    lines.append("| smallest visible difference, points | " + " | ".join(f"{visible(list(full.values()), n):.1f}" for n in SEEDS) + " |")
     return "\n".join(lines)
 
 
