@@ -100,10 +100,16 @@ def test_sign_flip_by_hand():
 
 
 def test_sign_flip_counts_ties_that_rounding_would_lose():
-    # 0.1 + 0.2 - 0.3 is 5.6e-17 in floating point: mathematically 0, so every way is as extreme.
-    assert sign_flip_p([0.1, 0.2, -0.3]) == 1.0
-    # In exact thirds: equal sizes, two of three up. |sum| is 1 or 3 unit sizes: all eight ways.
-    assert sign_flip_p([1 / 3, 1 / 3, -1 / 3]) == 1.0
+    # In tenths 2, 4, -4: the sums are ±10, ±6, ±2, ±2, so every way is at least as extreme as the observed 2. In floating point the
+    # sums of some orders fall short of it by a last bit.
+    assert sign_flip_p([0.2, 0.4, -0.4]) == 1.0
+    assert sign_flip_p([0.3, -0.4, -0.3]) == 6 / 8  # ±10, ±4, ±4, ±2 against 4
+    rng = random.Random(0)
+    for n in (3, 4, 5):
+        for _ in range(100):
+            tenths = [rng.randint(-12, 12) for _ in range(n)]
+            ways = [abs(sum(s * x for s, x in zip(signs, tenths, strict=True))) for signs in itertools.product((1, -1), repeat=n)]
+            assert sign_flip_p([x / 10 for x in tenths]) == sum(way >= abs(sum(tenths)) for way in ways) / 2**n
 
 
 def test_sign_flip_equals_plain_enumeration():
