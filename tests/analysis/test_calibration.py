@@ -36,6 +36,8 @@ def test_visible_difference_by_hand():
 
 def test_table_has_a_row_for_every_model():
     text = table(
-        {"student": {"parameters": 1234567, "accuracy": 0.4, "se": 0.01, "digits": 0.7, "follows": 0.9}}, [60, 62, 61, 65], [50, 51, 54, 53]
+        {"student": {"parameters": 1234567, "accuracy": 0.4, "se": 0.01, "digits": 0.7, "follows": 0.9}},
+        by_seed(60, 62, 61, 65),
+        by_seed(50, 51),
     )
     assert "| `builtin:student` | 1,234,567 | 40.0 ± 2.0 | 70.0 | 90.0 |" in text
