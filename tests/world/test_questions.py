@@ -6,7 +6,7 @@ import pytest
 from vaopd.config import WorldConfig, load_world
 from vaopd.errors import ConfigError
 from vaopd.evaluate.grade import is_correct
-from vaopd.world.questions import check, sample_figure, sample_reading, work
+from vaopd.world.questions import check, figures, sample_figure, sample_reading, work
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,13 @@ def test_a_knob_of_the_picture_leaves_the_labels_alone(knobs):
     plain, turned = (sample_figure(random.Random(5), WorldConfig(**k)) for k in ({}, knobs))
     assert plain.labels == turned.labels
     assert plain.image.tobytes() != turned.image.tobytes()
+
+
+@pytest.mark.parametrize("knobs", [{"grain": 20.0}, {"wording": "wordy"}, {"working": 2}, {"phrasing": 0.0}], ids=str)
+def test_a_whole_set_keeps_its_labels_and_questions_when_a_knob_is_turned(knobs):
+    plain, turned = (list(figures(WorldConfig(seed=3, **k), "train", 20)) for k in ({}, knobs))
+    assert [(f.labels, f.kind, f.problem) for f in plain] == [(f.labels, f.kind, f.problem) for f in turned]
+    assert len({f.labels for f in plain}) > 15
 
 
 def test_the_share_of_label_tokens_is_about_3_10_and_30_percent():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from vaopd.evaluate.runner import answer, standard_error
 from vaopd.models.load import load_model, open_source
 from vaopd.rollouts.hf import Sampling
 from vaopd.types import Example
-from vaopd.world.questions import DEFAULT, Figure, sample_figure, work
+from vaopd.world.questions import DEFAULT, Figure, figures, work
 
 
 def dissect_model(
@@ -32,13 +31,12 @@ def dissect_model(
     """
     source = open_source(name)
     model = load_model(source, dtype=torch.float32)
-    rng = random.Random(f"dissect|{world.seed}")
-    figures = [sample_figure(rng, world) for _ in range(questions)]
+    asked = list(figures(world, "dissect", questions))
     renderer = Renderer(source.processor)
-    prompts = [renderer(Example(str(i), (png_bytes(f.image),), f.problem)) for i, f in enumerate(figures)]
+    prompts = [renderer(Example(str(i), (png_bytes(f.image),), f.problem)) for i, f in enumerate(asked)]
     engine = sampler(model, source, Sampling(max_tokens), rows=rows)
-    answers = answer(engine, prompts, [f.answer for f in figures], decoder(source), k=k)
-    parts = [dissect(text, figure) for figure, texts in zip(figures, answers.texts, strict=True) for text in texts]
+    answers = answer(engine, prompts, [f.answer for f in asked], decoder(source), k=k)
+    parts = [dissect(text, figure) for figure, texts in zip(asked, answers.texts, strict=True) for text in texts]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracy": float(answers.accuracy_Q.mean()),

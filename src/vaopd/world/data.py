@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from vaopd.config import DataConfig, WorldConfig
 from vaopd.data.images import png_bytes
 from vaopd.data.sources import IMAGE_MARK, write_examples
 from vaopd.types import Example
-from vaopd.world.questions import sample_figure
+from vaopd.world.questions import figures
 
 SETS = ("train", "eval", "test")
 
@@ -56,7 +55,5 @@ def export_world(world: WorldConfig, folder: Path) -> list[Path]:
 
 
 def _examples(name: str, size: int, world: WorldConfig) -> Iterator[Example]:
-    rng = random.Random(f"{world.seed}|{name}")
-    for index in range(size):
-        figure = sample_figure(rng, world)
+    for index, figure in enumerate(figures(world, name, size)):
         yield Example(f"{name}-{index}", (png_bytes(figure.image),), figure.problem, figure.answer, figure.solution)

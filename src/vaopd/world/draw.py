@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from functools import cache
 
@@ -26,7 +27,7 @@ def draw_polygon(rng: random.Random, labels: Sequence[int], *, label_size: int =
     """A polygon with its side lengths written outside the sides' middles, left to right in the order of `labels`.
 
     Args:
-        rng: of place, size, turn, colour and grain.
+        rng: of place, size, turn and colour.
         label_size: points of Pillow's own font; at 14 a label is about 8 x 10 pixels.
         grain: standard deviation of the noise of every pixel and channel, in grey levels of 255.
     """
@@ -39,7 +40,7 @@ def draw_polygon(rng: random.Random, labels: Sequence[int], *, label_size: int =
     pen.polygon(corners, outline=rng.choice(CHALK))
     for label, place in zip(labels, _label_places(corners, centre_x, centre_y), strict=True):
         pen.text(place, str(label), fill=LABEL, font=_font(label_size), anchor="mm")
-    return _grainy(image, grain, rng) if grain else image
+    return _grainy(image, grain) if grain else image
 
 
 def _label_places(corners: Sequence[tuple[float, float]], centre_x: float, centre_y: float) -> list[tuple[float, float]]:
@@ -52,6 +53,7 @@ def _label_places(corners: Sequence[tuple[float, float]], centre_x: float, centr
     return sorted(places)
 
 
-def _grainy(image: Image.Image, grain: float, rng: random.Random) -> Image.Image:
-    noise = np.random.default_rng(rng.getrandbits(64)).normal(0, grain, (SIDE, SIDE, 3))
+def _grainy(image: Image.Image, grain: float) -> Image.Image:
+    # Seeded by the picture itself: the questions that follow in a stream of random numbers are the same with and without grain.
+    noise = np.random.default_rng(zlib.crc32(image.tobytes())).normal(0, grain, (SIDE, SIDE, 3))
     return Image.fromarray((np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8))

@@ -7,7 +7,7 @@ and what follows from them. That is the situation in which the visual advantage 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -50,6 +50,12 @@ def sample_figure(rng: random.Random, world: WorldConfig = DEFAULT, *, slips: fl
 
     image = draw_polygon(rng, labels, label_size=world.label_size, grain=world.grain)
     return Figure(image, labels, kind, problem, _solution(rng, kind, labels, unit, world, compute), str(work(kind, labels, unit)[1]))
+
+
+def figures(world: WorldConfig, name: str, count: int) -> Iterator[Figure]:
+    """The first `count` figures of a set. Each has random numbers of its own, so a knob leaves alone what it does not turn."""
+    for index in range(count):
+        yield sample_figure(random.Random(f"{world.seed}|{name}|{index}"), world)
 
 
 def sample_reading(rng: random.Random, world: WorldConfig = DEFAULT) -> Figure:
