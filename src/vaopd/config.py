@@ -85,11 +85,25 @@ class MethodConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """JSONL or Parquet files; rows have images, problem and optionally answer and solution."""
+    """Files or folders whose rows have images, problem and optionally answer and solution (docs/data.md)."""
 
     train: Path
     eval: Path | None = None  # chooses the best checkpoint
-    test: Path | None = None  # the final evaluation; default: eval
+    test: Path | None = None  # the final evaluation; default: eval, or what is held out
+    holdout: float | None = Field(None, gt=0, lt=1, description="in place of eval: this share of train, told by each row's id")
+    format: Literal["plain", "imagefolder", "virl39k", "llava"] | None = Field(None, description="default: what the columns tell")
+    question: str | None = Field(None, min_length=1, description="asked of every picture, where rows have no question of their own")
+    bad_rows: Literal["refuse", "skip"] = Field("refuse", description="skip: rows that can't be used are left out, counted and named")
+    min_pixels: int | None = Field(None, ge=1, description="a smaller image is enlarged; of student and teacher alike")
+    max_pixels: int | None = Field(None, ge=1, description="a larger image is shrunk; of student and teacher alike")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DataConfig:
+        if self.holdout is not None and self.eval is not None:
+            raise ValueError("`data.holdout` takes the held-out questions from data.train, so there is no place for data.eval. Keep one")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"data.min_pixels ({self.min_pixels}) must not be above data.max_pixels ({self.max_pixels})")
+        return self
 
 
 class ViewConfig(_Strict):
@@ -159,7 +173,9 @@ class OptimConfig(_Strict):
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    tokens_per_forward: int = Field(16384, ge=1, description="of one micro-batch: each prompt once where siblings share it, else padded rows")
+    tokens_per_forward: int = Field(
+        16384, ge=1, description="of one micro-batch: each prompt once where siblings share it, else padded rows"
+    )
     train_vision: bool = True
     checkpointing: bool = Field(False, description="recompute activations in the backward: less memory, about a third more time")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from vaopd.data.formats import last_boxed
+
 _ANSWER = re.compile(r"answer[\s*]*(?:is\b|[:=])(?:is\b|[\s:=*])*", re.IGNORECASE)
 # A comma stands between groups of three digits; `3,5` is no number.
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?|[-+]?\.\d+")
@@ -23,7 +25,7 @@ def is_correct(response: str, answer: str) -> bool:
 
 def final_answer(response: str) -> str:
     r"""What a response answers: the last `\boxed{…}`, else what follows the last "answer is", else the last number, else all of it."""
-    boxed = _last_boxed(response)
+    boxed = last_boxed(response)
     if boxed is not None:
         return _bare(boxed)
     said = list(_ANSWER.finditer(response))
@@ -31,19 +33,6 @@ def final_answer(response: str) -> str:
         return _bare(_first_sentence(response[said[-1].end() :]))
     numbers = _NUMBER.findall(response)
     return _bare(numbers[-1] if numbers else response)
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}`, braces nested; None without one or with one that isn't closed."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 1, start + len(r"\boxed{")
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place]
-    return None
 
 
 def _first_sentence(text: str) -> str:

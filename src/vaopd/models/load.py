@@ -75,6 +75,31 @@ def open_source(name: str) -> Source:
     return Source(name, path, config, processor, _eos_ids(path, processor))
 
 
+def limit_pixels(source: Source, smallest: int | None, largest: int | None) -> str:
+    """Set how many pixels of an image the processor shows at least and at most; None leaves what the model has. Returns what holds now.
+
+    An exported model keeps the limits, as they are part of its processor.
+
+    Raises:
+        ModelError: the processor shows images in other ways (tiles, one fixed size).
+    """
+    processor = source.processor.image_processor
+    size = dict(processor.size)
+    if not hasattr(processor, "merge_size") or not {"shortest_edge", "longest_edge"} <= size.keys():  # elsewhere these are sides
+        raise ModelError(
+            f"{source.name}: data.min_pixels and data.max_pixels are of models that show an image at its own resolution (Qwen-VL); "
+            f"{type(processor).__name__} knows none. Take them out of the recipe"
+        )
+    size |= {key: value for key, value in (("shortest_edge", smallest), ("longest_edge", largest)) if value is not None}
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ModelError(
+            f"{source.name}: at least {size['shortest_edge']} and at most {size['longest_edge']} pixels of an image can't both be shown. "
+            "Set data.min_pixels and data.max_pixels together"
+        )
+    processor.size = type(processor.size)(**size)
+    return f"an image is shown with {size['shortest_edge']:,} to {size['longest_edge']:,} pixels"
+
+
 def load_processor(path: str, family: Family) -> Any:
     """The model's own processor; without torchvision, the same one without its video half."""
     if importlib.util.find_spec("torchvision") is not None:

@@ -6,7 +6,6 @@ that none of them becomes markup, HTML or a metadata field.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from vaopd.config import RunConfig
+from vaopd.config import DataConfig, RunConfig
+from vaopd.data.tables import content_digest
 from vaopd.models.export import Export
 from vaopd.train.folder import RunFolder
 from vaopd.train.setup import Run
@@ -154,7 +154,7 @@ def _loading() -> str:
 
 def _metrics(config: RunConfig, result: Mapping[str, Any] | None, steps: int, best: Mapping[str, Any] | None) -> str:
     chosen = f"The weights are those after step {best['step']} of {steps}" if best else f"The weights are those after {steps} steps"
-    if not config.data.eval:
+    if not (config.data.eval or config.data.holdout):
         chosen += ", the last."
     else:
         chosen += ", the best by held-out accuracy (by the divergence from the teacher where the data has no answers)."
@@ -210,7 +210,7 @@ def _limits(config: RunConfig) -> str:
         "The student learns the teacher's mistakes, and its base's terms of use and limits go on to hold.",
         "Answers were graded by rule: the last boxed value, stated answer or number.",
     ]
-    if config.data.eval and not config.data.test:
+    if (config.data.eval or config.data.holdout) and not config.data.test:
         limits.append("The questions that chose the checkpoint are those of the final metrics, which favours the trained model.")
     return "\n".join(f"* {limit}" for limit in limits)
 
@@ -220,8 +220,7 @@ def _data_files(run: Run) -> list[DataFile]:
     found = []
     for role, path, rows in (("train", data.train, run.train), ("eval", data.eval, run.held_out), ("test", data.test, run.test)):
         if path is not None:
-            with path.open("rb") as file:
-                found.append(DataFile(role, path.name, len(rows), hashlib.file_digest(file, "sha256").hexdigest()))
+            found.append(DataFile(role, path.name, len(rows), content_digest(path)))
     return found
 
 
@@ -230,7 +229,11 @@ def _recipe(config: RunConfig) -> str:
     values = config.model_dump(mode="json")
     values |= {"run": config.run.name, "student": _short(config.student)}
     values["teacher"] = _short(config.teacher) if config.teacher and not config.self_taught else config.teacher
-    values["data"] = {role: path and Path(path).name for role, path in values["data"].items()}
+    values["data"] = {
+        key: Path(value).name if key in ("train", "eval", "test") else value
+        for key, value in values["data"].items()
+        if value is not None and value != DataConfig.model_fields[key].default
+    }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     # Signs that turn the direction of writing, and their like, show themselves as escapes.
     return text if text.replace("\n", "").isprintable() else yaml.safe_dump(values, sort_keys=False)

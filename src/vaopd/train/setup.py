@@ -14,13 +14,12 @@ from accelerate import Accelerator
 from vaopd import core
 from vaopd.config import RunConfig
 from vaopd.data.render import Renderer
-from vaopd.data.sources import read_examples
-from vaopd.data.validate import check_disjoint
+from vaopd.data.validate import DataSets, open_sets
 from vaopd.errors import ConfigError, DataError
 from vaopd.evaluate.held_out import sampler
 from vaopd.models.families import vision_parameters
 from vaopd.models.forward import rows
-from vaopd.models.load import Source, check_agreement, load_model, open_source
+from vaopd.models.load import Source, check_agreement, limit_pixels, load_model, open_source
 from vaopd.models.lora import adapters_off, add_adapters, check_lora
 from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.given import GivenEngine
@@ -59,9 +58,9 @@ class Run:
     student: Any
     teacher: LocalTeacher | None
     renderer: Renderer
-    train: list[Example]
-    held_out: list[Example]  # chooses the best checkpoint
-    test: list[Example]  # the final evaluation
+    train: Sequence[Example]
+    held_out: Sequence[Example]  # chooses the best checkpoint
+    test: Sequence[Example]  # the final evaluation
     forward: ResponseForward
     tools: Tools
     steps: int
@@ -73,19 +72,10 @@ class Run:
 
 def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     """All gates, then the models. Raises ConfigError, ModelError or DataError before any weight is loaded."""
-    weighting_of(config, 0)
-    _check_divergence(config)
-    trackers.check(config.trackers)
-    degrade = config.view.make()
-    source = open_source(config.student)
-    teacher_source = open_source(config.teacher) if config.teacher and not config.self_taught else None
-    if teacher_source:
-        check_agreement(source, teacher_source)
-        on_check("vocabulary ok · control tokens ok · chat format ok · pixels ok")
-    if config.lora:
-        on_check(f"adapters of rank {config.lora.rank} on {', '.join(check_lora(config.lora, source.config))}")
-    renderer = Renderer(source.processor, degrade)
-    training, held_out, test = read_data(config, on_check)
+    source, teacher_source = open_models(config, on_check)
+    renderer = Renderer(source.processor, config.view.make())
+    sets = read_data(config, on_check)
+    training, held_out, test = sets.train, sets.held_out, sets.test
 
     accelerator = Accelerator(mixed_precision=precision(config), log_with=trackers.make(config) or None)
     student = load_student(config, source, accelerator)
@@ -105,6 +95,25 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     return run
 
 
+def open_models(config: RunConfig, on_check: Callable[[str], None]) -> tuple[Source, Source | None]:
+    """Student and teacher before any weight is loaded, and every gate that needs no data. Raises ConfigError, ModelError."""
+    weighting_of(config, 0)
+    _check_divergence(config)
+    trackers.check(config.trackers)
+    source = open_source(config.student)
+    teacher = open_source(config.teacher) if config.teacher and not config.self_taught else None
+    data, sources = config.data, [source, *([teacher] if teacher else [])]
+    limits = [limit_pixels(each, data.min_pixels, data.max_pixels) for each in sources] if data.min_pixels or data.max_pixels else []
+    if teacher:
+        check_agreement(source, teacher)
+        on_check("vocabulary ok · control tokens ok · chat format ok · pixels ok")
+    for limit in limits[:1]:  # the gate has found the teacher's to be the same
+        on_check(limit)
+    if config.lora:
+        on_check(f"adapters of rank {config.lora.rank} on {', '.join(check_lora(config.lora, source.config))}")
+    return source, teacher
+
+
 def weighting_of(config: RunConfig, step: int) -> core.Weighting:
     """The method's weighting; a random one draws anew at each step. Raises ConfigError for numbers that it refuses."""
     try:
@@ -116,22 +125,24 @@ def weighting_of(config: RunConfig, step: int) -> core.Weighting:
     return weighting
 
 
-def read_data(config: RunConfig, on_check: Callable[[str], None]) -> tuple[list[Example], list[Example], list[Example]]:
+def read_data(config: RunConfig, on_check: Callable[[str], None]) -> DataSets:
     """Training, held-out and test rows: every image decoded once, no question both trained on and held out."""
-    training = read_examples(config.data.train)
-    held_out = read_examples(config.data.eval) if config.data.eval else []
-    test = read_examples(config.data.test) if config.data.test else held_out
-    # Every image is decoded on the way, so a file that serves as both is read once.
-    check_disjoint(training, {"eval": held_out} if test is held_out else {"eval": held_out, "test": test})
-    if config.method.off_policy:
-        missing = [example.id for example in training if example.solution is None]
+    sets = open_sets(config.data)
+    check_solutions(config, sets)
+    for note in sets.notes:
+        on_check(note)
+    return sets
+
+
+def check_solutions(config: RunConfig, sets: DataSets) -> None:
+    """Raises DataError for a method that learns from solutions where rows have none."""
+    if config.method.off_policy and sets.surveys["train"].without["solution"]:
+        missing = [example.id for example in sets.train if example.solution is None]
         if missing:
             raise DataError(
-                f"method '{config.method.name}' learns from solutions, but {len(missing)} of {len(training)} rows of {config.data.train} "
+                f"method '{config.method.name}' learns from solutions, but {len(missing)} of {len(sets.train)} rows of {config.data.train} "
                 f"have none, the first is '{missing[0]}'. Add the field 'solution' to them"
             )
-    on_check(f"{len(training)} train · {len(held_out)} held out · {len(test)} test · 0 skipped · no test question trained on")
-    return training, held_out, test
 
 
 def load_student(config: RunConfig, source: Source, accelerator: Accelerator) -> Any:
