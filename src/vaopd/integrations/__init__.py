@@ -1,0 +1,1 @@
+"""The method inside other people's trainers: docs/other_trainers.md."""
