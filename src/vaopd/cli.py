@@ -71,6 +71,32 @@ def train(
 
 
 @app.command()
+def validate(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    device: Annotated[str | None, typer.Option(help="Plan for this GPU, as in 'RTX 4090' or H100; default: what is here.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs that share a step's prompts.")] = 1,
+    data: Annotated[bool, typer.Option("--data/--no-data", help="Look at every row and picture.")] = True,
+) -> None:
+    """Check data, models, their agreement, memory and time of a recipe before anything is trained; no weight is loaded."""
+    config = load_config(_shipped(recipe), overrides or [])
+    from vaopd.preflight.check import validate as check
+    from vaopd.preflight.cost import device_named, this_device
+
+    _quiet()
+    planned = device_named(device) if device else this_device()
+    with terminal.looking() as on_progress:
+        verdict = check(config, planned, processes=processes, with_data=data, on_progress=on_progress)
+    for text in verdict.checks:
+        terminal.say(f"checks     {text}")
+    for problem in verdict.problems:
+        terminal.error(problem)
+    if verdict.problems:
+        raise typer.Exit(1)
+    terminal.say("nothing stands against this run")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, hub name or builtin:NAME.")],
     data: Annotated[Path, typer.Option(help="JSONL or Parquet with questions, answers and images.")],

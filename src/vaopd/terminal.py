@@ -236,6 +236,23 @@ def counting(description: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, of: bars.update(task, completed=done, total=of)
 
 
+@contextmanager
+def looking() -> Iterator[Callable[[str], Callable[[int, float], None]]]:
+    """A bar per data set that is looked at: rows, how many a second, and the time left."""
+    with _bars() as bars:
+
+        def begin(name: str) -> Callable[[int, float], None]:
+            task, began = bars.add_task(f"data.{name}", total=None, rate="", text=""), time.perf_counter()
+
+            def update(rows: int, share: float) -> None:
+                speed = rows / max(time.perf_counter() - began, 1e-9)
+                bars.update(task, completed=rows, total=round(rows / share) if share else None, rate=f"{speed:,.0f} rows/s")
+
+            return update
+
+        yield begin
+
+
 def show_models(models: Mapping[str, Mapping[str, Any]], *, questions: int, k: int) -> None:
     """The table of avg@k, blind accuracy and mean advantage."""
     table = Table(box=None, pad_edge=False, header_style="bold")

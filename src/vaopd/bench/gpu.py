@@ -34,16 +34,25 @@ VOCAB = 151_936
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "RTX 4090": 165, "L4": 121}
 
 
+# Hidden size, MLP, layers, query heads of the decoder; tied head; small vision tower (the published config.json of each Instruct model).
+_REAL = {
+    "2B": (2048, 6144, 28, 16, True, True),
+    "4B": (2560, 9728, 36, 32, True, True),
+    "8B": (4096, 12_288, 36, 32, False, False),
+    "32B": (5120, 25_600, 64, 64, False, False),
+}
+
+
 def real_config(size: str) -> Qwen3VLConfig:
-    """The published configuration of Qwen3-VL-2B or 8B."""
-    small = size == "2B"
+    """The published configuration of Qwen3-VL-2B, 4B, 8B or 32B."""
+    hidden, inner, layers, heads, tied, small = _REAL[size]
     rope = {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
     text = {
         "vocab_size": VOCAB,
-        "hidden_size": 2048 if small else 4096,
-        "intermediate_size": 6144 if small else 12_288,
-        "num_hidden_layers": 28 if small else 36,
-        "num_attention_heads": 16 if small else 32,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
         "num_key_value_heads": 8,
         "head_dim": 128,
         "max_position_embeddings": 262_144,
@@ -54,14 +63,14 @@ def real_config(size: str) -> Qwen3VLConfig:
         "hidden_size": 1024 if small else 1152,
         "intermediate_size": 4096 if small else 4304,
         "num_heads": 16,
-        "out_hidden_size": text["hidden_size"],
+        "out_hidden_size": hidden,
         "deepstack_visual_indexes": [5, 11, 17] if small else [8, 16, 24],
         "patch_size": 16,
         "temporal_patch_size": 2,
         "spatial_merge_size": MERGE,
         "num_position_embeddings": 2304,
     }
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=small, **IDS)
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **IDS)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""`vaopd validate`: data, models, their agreement, memory and time of a recipe, before any weight is loaded."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vaopd.config import RunConfig
+from vaopd.data.render import Renderer
+from vaopd.data.survey import OnProgress, Survey, unheard
+from vaopd.data.validate import DataSets, open_sets
+from vaopd.errors import VaopdError
+from vaopd.models.load import Source
+from vaopd.preflight.cost import ARITHMETIC, BANDWIDTH, Cost, Device, step_cost
+from vaopd.preflight.memory import Memory, Work, estimate, measure
+from vaopd.train.schedule import total_steps
+from vaopd.train.setup import check_solutions, open_models
+from vaopd.types import ORIGINAL, Example
+
+RENDERED = 32  # rows, spread over the set, that tell how long prompts are
+ASSUMED = Work(prompt=600, response=0, patches=2000)  # without data: a picture of 500 image tokens and a question
+
+
+@dataclass
+class Verdict:
+    """What was found. `problems` are those that would stop the run, or let it fail later."""
+
+    checks: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns; None when it finds a user's mistake, which is kept."""
+        try:
+            return act()
+        except VaopdError as error:
+            self.problems.append(str(error))
+            return None
+
+
+def validate(
+    recipe: RunConfig,
+    device: Device,
+    *,
+    processes: int = 1,
+    with_data: bool = True,
+    on_progress: Callable[[str], OnProgress] = lambda name: unheard,
+) -> Verdict:
+    """Every gate of a run, each on its own, so that one mistake doesn't hide the next. Nothing is written, no weight is loaded."""
+    verdict = Verdict()
+    sources = verdict.attempt(lambda: open_models(recipe, verdict.checks.append))
+    sets = verdict.attempt(lambda: _data(recipe, verdict, on_progress)) if with_data else None
+    if sources:
+        source, teacher = sources
+        typical, longest = ASSUMED, ASSUMED
+        if sets:
+            lengths = verdict.attempt(lambda: prompt_lengths(recipe, source, sets.train))
+            typical, longest = lengths or (ASSUMED, ASSUMED)
+        steps = recipe.optim.steps or (total_steps(recipe.optim, len(sets.train)) if sets else None)
+        _plan(verdict, recipe, source, teacher, (typical, longest), device, steps, processes)
+    return verdict
+
+
+def _data(recipe: RunConfig, verdict: Verdict, on_progress: Callable[[str], OnProgress]) -> DataSets:
+    began = time.perf_counter()
+    sets = open_sets(recipe.data, strict=False, on_progress=on_progress)
+    seconds = max(time.perf_counter() - began, 1e-9)
+    verdict.checks += sets.notes
+    pictures = sum(found.pictures for found in sets.surveys.values())
+    verdict.checks.append(f"{pictures} images decoded in {seconds:.1f} s, {pictures / seconds:.0f} a second")
+    for name, found in sets.surveys.items():
+        if len(found.defects) and recipe.data.bad_rows == "refuse":
+            verdict.problems.append(defects_text(name, found))
+    check_solutions(recipe, sets)
+    return sets
+
+
+def defects_text(name: str, found: Survey) -> str:
+    """How many rows are bad, by reason, and the first of them."""
+    good, bad = len(found.digests), len(found.defects)
+    lines = [f"data.{name}: {bad} of {good + bad} rows can't be used. Mend them, or leave them out with data.bad_rows: skip"]
+    lines += [f"  {count:>6} x {reason}" for reason, count in found.defects.by_reason.most_common()]
+    lines += [f"  - {error}" for error in found.defects.first]
+    return "\n".join(lines)
+
+
+def prompt_lengths(recipe: RunConfig, source: Source, rows: Sequence[Example]) -> tuple[Work, Work]:
+    """(typical, longest) prompt of up to 32 rows, with the longest answer that the recipe allows. Raises DataError for a row that can't
+    be rendered."""
+    renderer = Renderer(source.processor)
+    spread = range(0, len(rows), -(-len(rows) // RENDERED))
+    prompts = [renderer(rows[index], (ORIGINAL,)) for index in spread]
+    lengths = [len(prompt.ids_P) for prompt in prompts]
+    patches = [_patches(prompt.images.get(ORIGINAL, {})) for prompt in prompts]
+    return (
+        Work(round(statistics.mean(lengths)), recipe.rollouts.max_tokens, round(statistics.mean(patches))),
+        Work(max(lengths), recipe.rollouts.max_tokens, max(patches)),
+    )
+
+
+def _patches(tensors: Any) -> int:
+    grid = tensors.get("image_grid_thw")
+    if grid is not None:
+        return int(grid.prod(-1).sum())
+    pixels = tensors.get("pixel_values")
+    return 0 if pixels is None else int(pixels.shape[0] * pixels.shape[-1] * pixels.shape[-2] // 14**2)
+
+
+def _plan(
+    verdict: Verdict,
+    recipe: RunConfig,
+    source: Source,
+    teacher_source: Source | None,
+    lengths: tuple[Work, Work],
+    device: Device,
+    steps: int | None,
+    processes: int,
+) -> None:
+    """Memory and time, from the configurations."""
+    typical, longest = (Work(work.prompt, recipe.rollouts.max_tokens, work.patches) for work in lengths)
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest.prompt + longest.response > limit:
+        verdict.problems.append(
+            f"the longest prompt found has {longest.prompt} tokens, and with rollouts.max_tokens {longest.response} that is more than the "
+            f"{limit} that {source.name} was made for. Lower data.max_pixels or rollouts.max_tokens"
+        )
+    student, teacher = measure(source.config, recipe), measure(teacher_source.config) if teacher_source else None
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.gpu)
+    memory = estimate(recipe, student, teacher, longest, gpu=device.gpu, bf16=bf16, processes=processes)
+    verdict.checks.append(memory_text(memory, device))
+    if memory.peak > device.memory:
+        verdict.problems.append(
+            f"about {gib(memory.peak)} GiB are needed at once, but {device.name} has {gib(device.memory)}. In order of what they cost: "
+            "optim.checkpointing: true; a smaller optim.tokens_per_forward; teacher_offload: true; lora: {}"
+        )
+    verdict.checks.append(cost_text(step_cost(recipe, student, teacher, typical, device, processes=processes), steps, device))
+
+
+def memory_text(memory: Memory, device: Device) -> str:
+    """The peak and what it consists of."""
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in memory.phases[memory.phase].items() if size > memory.peak // 100)
+    return f"memory at most about {gib(memory.peak)} GiB of {gib(device.memory)} on {device.name}, in {memory.phase}: {parts}"
+
+
+def cost_text(cost: Cost, steps: int | None, device: Device) -> str:
+    """Arithmetic of a step, and hours where the device's figures are known."""
+    text = f"a step is {cost.flops / 1e12:,.1f} TFLOP where every answer takes rollouts.max_tokens"
+    if steps is not None:
+        text += f", {steps} steps"
+    if cost.seconds is None:
+        return text
+    text += f"; {cost.seconds:.0f} s" + (f", {cost.seconds * steps / 3600:.1f} h in all" if steps is not None else "")
+    reached = f"at {100 * ARITHMETIC:.0f} % of {device.name}'s arithmetic and {100 * BANDWIDTH:.0f} % of its bandwidth"
+    return f"{text}, evaluations apart ({reached})"
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB."""
+    return f"{size / 2**30:.1f}" if size < 2**40 else f"{size / 2**30:,.0f}"

@@ -1,0 +1,148 @@
+"""`vaopd validate`: every mistake found at once, nothing written, no weight loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from small_pair import Pair
+from vaopd.bench.gpu import real_config
+from vaopd.cli import _shipped, app
+from vaopd.config import RunConfig, load_config
+from vaopd.errors import ConfigError
+from vaopd.preflight.check import cost_text, memory_text, validate
+from vaopd.preflight.cost import DEVICES, Device, device_named, step_cost
+from vaopd.preflight.memory import Model, Work, estimate, measure
+
+CPU = Device("cpu", 2**34, None, None)
+PAPER = Work(prompt=600, response=1024, patches=2000)  # a picture of 500 image tokens and a question
+
+
+def test_a_good_recipe(recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("vaopd.models.load.AutoModelForImageTextToText.from_pretrained", refuse)
+    config, told = recipe(), []
+    verdict = validate(config, CPU, on_progress=lambda name: lambda rows, share: told.append((name, rows, share)))
+    assert verdict.problems == []
+    assert not config.run.exists()
+    assert told[-2:] == [("train", 6, 1.0), ("eval", 3, 1.0)] or told[-1] == ("eval", 3, 1.0)
+    text = "\n".join(verdict.checks)
+    for part in ("vocabulary ok", "6 train · 3 held out", "9 images decoded", "memory at most about", "a step is", "4 steps"):
+        assert part in text
+
+
+def test_one_mistake_does_not_hide_the_next(recipe: Callable[..., RunConfig], data: dict[str, str], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(data["train"]).read_text().splitlines()]
+    bad = Path(data["train"]).with_name("bad.jsonl")
+    bad.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"problem": 3}, {"problem": "x?", "images": ["gone.png"]}]))
+    config = recipe(data={"train": str(bad)}, teacher=str(tmp_path / "nowhere"))
+    models, found = validate(config, CPU).problems
+    assert "there is no model folder" in models
+    assert "data.train: 2 of 8 rows can't be used" in found
+    assert "1 x field 'problem': must be text" in found
+    assert "line 8" in found
+
+
+def test_too_little_memory_is_a_problem(recipe: Callable[..., RunConfig]) -> None:
+    (problem,) = validate(recipe(), Device("cpu", 2**20, None, None), with_data=False).problems
+    assert "are needed at once, but cpu has 0.0" in problem
+
+
+def test_the_command(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe().to_yaml())
+    done = CliRunner().invoke(app, ["validate", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "nothing stands against this run" in done.output
+    failed = CliRunner().invoke(app, ["validate", str(path), "--no-data", "--set", "student=./nowhere"])
+    assert failed.exit_code == 1
+    with pytest.raises(ConfigError, match="Did you mean 'RTX 4090'"):
+        device_named("RTX 4080")
+
+
+def test_pixel_limits_reach_the_processor(recipe: Callable[..., RunConfig], pair: Pair) -> None:
+    def checks(**limits: int) -> list[str]:
+        verdict = validate(recipe(data=limits), CPU, with_data=False)
+        return verdict.checks + verdict.problems
+
+    assert "an image is shown with 256 to 1,024 pixels" in checks(max_pixels=1024)
+    assert "an image is shown with 2,048 to 4,096 pixels" in checks(min_pixels=2048)
+    assert any("at least 8192 and at most 4096 pixels" in text for text in checks(min_pixels=8192))
+
+
+# --- shipped recipes, from the published configurations ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teachers() -> dict[str, Model]:
+    return {size: measure(real_config(size)) for size in ("4B", "8B", "32B")}
+
+
+@lru_cache(maxsize=8)
+def student_of(lora: bool) -> Model:
+    """The 2B, whole or with adapters: what a recipe says beside that doesn't change what is trained."""
+    return measure(real_config("2B"), load_config(_shipped(Path("geometry3k")), ["lora.rank=16"] if lora else []))
+
+
+def test_sizes_are_the_published_ones(teachers: dict[str, Model]) -> None:
+    """In billions, as the model cards' safetensors say."""
+    assert [round(teachers[size].parameters / 1e9, 1) for size in ("4B", "8B", "32B")] == [4.4, 8.8, 33.4]
+
+
+# Every line of the table of docs/data.md: what is set, the teacher, the card, how many of it.
+PLANS = [
+    ([], "8B", "H100", 1),
+    ([], "4B", "H100", 1),
+    (["teacher_offload=true"], "8B", "H100", 1),
+    (["lora.rank=16", "teacher_offload=true", "rollouts.rows=16"], "32B", "H100", 1),
+    (["lora.rank=16", "rollouts.rows=16", "optim.tokens_per_forward=6144"], "4B", "RTX 4090", 1),
+    (["lora.rank=16", "teacher_offload=true", "rollouts.rows=16", "optim.tokens_per_forward=6144"], "8B", "RTX 4090", 1),
+    ([], "8B", "H100", 8),
+]
+
+
+@pytest.mark.parametrize("name", ["geometry3k", "virl39k"])
+@pytest.mark.parametrize(("settings", "teacher", "card", "processes"), PLANS)
+def test_shipped_recipes_fit(name: str, settings: list[str], teacher: str, card: str, processes: int, teachers: dict[str, Model]) -> None:
+    recipe = load_config(_shipped(Path(name)), settings)
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.weight_decay, recipe.optim.warmup) == (1e-6, (0.9, 0.95), 0.1, 0.05)
+    assert (recipe.rollouts.k, recipe.optim.prompts_per_step, recipe.rollouts.max_tokens) == (4, 16, 1024)
+    student = student_of(recipe.lora is not None)
+    memory = estimate(recipe, student, teachers[teacher], PAPER, gpu=True, bf16=True, processes=processes)
+    assert memory.peak < DEVICES[card].memory, memory_text(memory, DEVICES[card])
+    cost = step_cost(recipe, student, teachers[teacher], PAPER, DEVICES[card], processes=processes)
+    assert cost.seconds is not None
+    assert 1 < cost.seconds < 300, cost_text(cost, None, DEVICES[card])
+
+
+def test_what_costs_memory_costs_it_in_the_estimate(teachers: dict[str, Model]) -> None:
+    """Each setting moves the peak as it must; weights, gradients and moments are known to the byte."""
+
+    def peak(*settings: str, teacher: str = "8B") -> tuple[int, dict[str, dict[str, int]]]:
+        recipe = load_config(_shipped(Path("geometry3k")), settings)
+        found = estimate(recipe, student_of(recipe.lora is not None), teachers[teacher], PAPER, gpu=True, bf16=True)
+        return found.peak, found.phases
+
+    base, phases = peak()
+    n = 2_127_532_032
+    assert {name: phases["training"][name] for name in ("student", "optimiser", "gradients")} == {
+        "student": 4 * n,
+        "optimiser": 8 * n,
+        "gradients": 4 * n,
+    }
+    assert phases["training"]["teacher"] == 2 * teachers["8B"].parameters
+    assert peak("optim.checkpointing=false")[0] > base
+    assert peak("teacher_offload=true")[0] < base
+    assert peak("lora.rank=16")[0] < base / 1.5
+    assert peak("rollouts.k=8")[1]["rollouts"]["keys and values"] == phases["rollouts"]["keys and values"]  # 64 rows side by side
+    assert peak("rollouts.rows=32")[1]["rollouts"]["keys and values"] * 2 == phases["rollouts"]["keys and values"]
+    assert "scoring" not in peak("method=sft")[1]
+    assert "rollouts" not in peak("method=sft")[1]
