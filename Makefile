@@ -22,8 +22,8 @@ test: .venv/ready  ## everything but the slow tests, on all cores
 test-slow: .venv/ready  ## the slow tests
 	$(BIN)/pytest -m slow
 
-test-peers: .venv/bench-ready  ## the benchmark's tests with TRL and Liger beside it
-	$(BIN)/pytest tests/bench
+test-peers: .venv/bench-ready  ## the benchmark's and the TRL adapter's tests with TRL and Liger beside them
+	$(BIN)/pytest tests/bench tests/integrations
 
 test-trackers: .venv/trackers-ready  ## the trackers' tests beside Weights & Biases and trackio
 	PYTHONPATH=.venv/trackers $(BIN)/python -c 'import trackio, wandb'

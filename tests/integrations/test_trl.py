@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,34 @@ def test_it_trains_on_what_it_samples(pair: Pair, case: Case, tmp_path: Path) ->
     moved = [not torch.equal(new, old) for new, old in zip(trainer.model.parameters(), pair.student.parameters(), strict=True)]
     assert all(moved)
     assert all(torch.equal(p, old) for p, old in zip(trainer.teacher_model.parameters(), before, strict=True))
+
+
+def test_the_page_runs(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block of docs/other_trainers.md with small models, on a CPU, for one step."""
+    page = (Path(__file__).parents[2] / "docs/other_trainers.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "vaopd.integrations.trl" in block)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(16):
+        picture(32, 32, seed=index).save(pictures / f"{index}.png")
+    changes = {
+        '"pictures"': repr(str(pictures)),
+        '"runs/trl"': repr(str(tmp_path / "run")),
+        '"Qwen/Qwen3-VL-2B-Instruct"': repr(str(pair.student_folder)),
+        '"Qwen/Qwen3-VL-8B-Instruct"': repr(str(pair.teacher_folder)),
+        ": 1024}": ": 4}",
+        "**sampling)": "**sampling, use_cpu=True, bf16=False, report_to=[], max_steps=1, logging_steps=1, save_strategy='no')",
+        "train_dataset=data)": "train_dataset=data, processing_class=processor)",
+    }
+    for old, new in changes.items():
+        assert old in block, old
+        block = block.replace(old, new)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    names: dict[str, Any] = {"processor": left_padding(pair)}
+    exec(compile(block, "docs/other_trainers.md", "exec"), names)
+    (step,) = (row for row in names["trainer"].state.log_history if "loss" in row)
+    assert step["loss"] > 0
+    assert 1 < step["effective_rollouts"] < 4
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
