@@ -37,7 +37,7 @@ NUMBER, SHARE, COUNT = "number", "share", "count"
 TRAIN_KEYS = {
     **dict.fromkeys(("loss", "kl", "va", "effective_rollouts", "lr", "grad_norm", "tokens", "seconds"), NUMBER),
     **dict.fromkeys(("va_top10", "truncated"), SHARE),
-    **dict.fromkeys(("step", "empty", "skipped_prompts", "nonfinite"), COUNT),
+    **dict.fromkeys(("step", "empty", "skipped_prompts", "text_only", "nonfinite"), COUNT),
 }
 EVAL_KEYS = {
     **dict.fromkeys(("tokens", "va"), NUMBER),

@@ -27,6 +27,7 @@ def rollout_metrics(rollouts: Sequence[Group], groups: Sequence[Group]) -> Metri
         "truncated": None if not ended else 1 - sum(ended) / len(ended),
         "empty": sum(len(group.responses) for group in rollouts) - len(lengths),
         "skipped_prompts": len(rollouts) - len(groups),
+        "text_only": sum(not group.prompt.images for group in rollouts),
         "nonfinite": 0,
         **UNMEASURED,
     }
