@@ -6,7 +6,12 @@ import copy
 import dataclasses
 import logging
 import math
+import os
 import re
+import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from small_pair import Pair, picture, random_responses
+from small_pair import Pair, make_pair, picture, random_responses
 from vaopd.core import OPD, VAOPD, RolloutOnly, TokenOnly, Weighting, fused_weighted_divergence, token_coefficients, visual_advantage
 from vaopd.data.images import png_bytes
 from vaopd.data.render import Renderer
@@ -64,6 +69,10 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(pair: Pair) -> Case:
+    return make_case(pair)
+
+
+def make_case(pair: Pair) -> Case:
     examples, table = [], []
     for index, (question, sizes) in enumerate(zip(QUESTIONS, SIZES, strict=True)):
         images = [picture(*size, seed=10 * index + place) for place, size in enumerate(sizes)]
@@ -318,19 +327,63 @@ def test_an_evaluation_has_one_rollout_a_prompt(pair: Pair, case: Case, tmp_path
 
 
 def test_it_trains_on_what_it_samples(pair: Pair, case: Case, tmp_path: Path) -> None:
-    """Unscripted, with gradient checkpointing: finite, and the student moves while the teacher doesn't."""
-    trainer = make_trainer(
-        pair, case, tmp_path, VAOPDTrainer, max_steps=2, learning_rate=1e-2, max_completion_length=4, gradient_checkpointing=True
-    )
+    """Unscripted, with gradient checkpointing: finite, saved, and the student moves while the teacher doesn't."""
+    changes = {"max_steps": 2, "learning_rate": 1e-2, "max_completion_length": 4, "gradient_checkpointing": True}
+    trainer = make_trainer(pair, case, tmp_path, VAOPDTrainer, save_strategy="steps", save_steps=2, **changes)
     before = [p.detach().clone() for p in trainer.teacher_model.parameters()]
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 2
     assert all(math.isfinite(loss) and loss > 0 for loss in losses)
     assert losses[0] != losses[1]
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
     moved = [not torch.equal(new, old) for new, old in zip(trainer.model.parameters(), pair.student.parameters(), strict=True)]
     assert all(moved)
     assert all(torch.equal(p, old) for p, old in zip(trainer.teacher_model.parameters(), before, strict=True))
+
+
+@pytest.mark.slow
+def test_two_processes_take_one_step(pair: Pair, case: Case, tmp_path: Path) -> None:
+    """Two prompts each, gradients averaged: the step of one process with four prompts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent), *sys.path])
+    code = "import sys, test_trl; test_trl.one_of_two(sys.argv[1])"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        output, _ = worker.communicate(timeout=400)
+        assert worker.returncode == 0, output
+    found = torch.load(tmp_path / "found.pt")
+    metrics, expected = our_step(pair, case, VAOPD())
+    assert found["processes"] == 2
+    assert relative(found["gradients"], expected) <= 1e-5
+    assert found["logged"]["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert found["logged"]["va"] == pytest.approx(metrics["va"], rel=1e-4)
+    assert found["logged"]["effective_rollouts"] == pytest.approx(metrics["effective_rollouts"], rel=1e-4)
+
+
+def one_of_two(folder: str) -> None:
+    """What each process of the test above runs."""
+    pair = make_pair(Path(tempfile.mkdtemp()))
+    case, record = make_case(pair), Record()
+    trainer = make_trainer(pair, case, Path(folder), per_device_train_batch_size=K, gradient_accumulation_steps=2, ddp_backend="gloo")
+    trainer.add_callback(record)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        gradients = {name.removeprefix("module."): gradient for name, gradient in record.gradients.items()}
+        found = {"gradients": gradients, "logged": trainer.state.log_history[0], "processes": trainer.accelerator.num_processes}
+        torch.save(found, Path(folder) / "found.pt")
 
 
 def test_the_page_runs(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
