@@ -76,8 +76,8 @@ def world_pupils(world: WorldConfig = DEFAULT) -> Sequence[Pupil]:
         Pupil("teacher-s", SMALL, phases(world, reading=1600, solving=1600), seed=200),
         Pupil("student", SMALL, phases(world, reading=1200, solving=1600, stop_at=POOR_READING), seed=10),
         Pupil("student-arithmetic", SMALL, phases(world, reading=1600, solving=1600, slips=0.35), seed=20),
-        # The seed of "student": it reads as that one did when it began to solve.
-        Pupil("student-both", SMALL, phases(world, reading=1200, solving=1600, stop_at=POOR_READING, slips=0.2), seed=10),
+        # The seed of "student", stopped earlier: it misreads more, and its sums go wrong more often.
+        Pupil("student-both", SMALL, phases(world, reading=1200, solving=1200, stop_at=POOR_READING), seed=10),
     )
 
 
