@@ -10,8 +10,8 @@ trained, and the teacher's weights unless they are offloaded.
 | training | gradients, the saved activations of one micro-batch, buffers of the loss and the head's gradient |
 | update | gradients, and what AdamW needs beside them |
 
-Activations are those that autograd keeps in transformers' Qwen3 decoder layer and vision block (counted in the tests with
-`torch.autograd.graph.saved_tensors_hooks`); other families are near enough to plan by. Sizes are bytes.
+Activations are those that autograd keeps in transformers' Qwen3 decoder layer and vision block; the sum is held to a measured run on a CPU
+(tests/preflight/test_memory.py). Other families are near enough to plan by. Sizes are bytes.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str | None:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(memoryview(tensors[name].cpu().contiguous().view(torch.uint8).numpy()))
+        digest.update(tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
