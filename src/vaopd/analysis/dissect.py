@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,8 +52,4 @@ def dissect(text: str, figure: Figure) -> tuple[float, bool]:
     """
     read = [int(number) for number in re.findall(r"\d+", text)][: len(figure.labels)]
     right = sum(mine == label for mine, label in zip(read, figure.labels, strict=False))
-    return right / len(figure.labels), len(read) == len(figure.labels) and final_answer(text) == str(_answer_for(figure, read))
-
-
-def _answer_for(figure: Figure, labels: Sequence[int]) -> int:
-    return work(figure.kind, labels)[1]
+    return right / len(figure.labels), len(read) == len(figure.labels) and final_answer(text) == str(work(figure.kind, read)[1])

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def foresee(study: StudyConfig) -> list[Forecast]:
         (place.regime, str(method)): study.learning_rates[0] for place in places(study) for method in study.methods if study.learning_rates
     }
     cells = development + comparison_cells(study, rates)
-    sizes = {cell.name: _sizes(cell.config) for cell in cells}
+    count = cache(lambda path: len(read_examples(path)) if path else 0)  # cells share their files
+    sizes = {cell.name: (count(data.train), count(data.eval), count(data.test)) for cell in cells for data in (cell.config.data,)}
     unknown = [cell for cell in cells if measured_seconds(cell) is None]
     costs = None
     if unknown:
@@ -241,12 +243,6 @@ def _check_answers(study: StudyConfig) -> None:
                     f"a study compares accuracies, but {len(missing)} rows of {data[name]} have no answer, the first is '{missing[0]}'. "
                     "Add the field 'answer' to them"
                 )
-
-
-def _sizes(config: RunConfig) -> tuple[int, int, int]:
-    """Rows of training, held-out and test set."""
-    train, held_out, test = (len(read_examples(path)) if path else 0 for path in (config.data.train, config.data.eval, config.data.test))
-    return train, held_out, test
 
 
 def _run_all(jobs: Sequence[Job], workers: int, on_progress: OnProgress, on_done: Callable[[], Any]) -> None:

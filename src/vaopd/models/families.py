@@ -89,6 +89,7 @@ class _MRope(Family):
 
     reads = frozenset({"pixel_values", "image_grid_thw"})
     axes = 3
+    placeholders = "one per merged patch: t·h·w / merge²"
 
     def prompt_positions(self, model: Any, prompt: Prompt) -> Tensor:
         """(3, P); a text-only prompt counts up on all three axes."""
@@ -106,7 +107,6 @@ class Qwen25VL(_MRope):
 
     title = "Qwen2.5-VL"
     processor = processors.ImageOnlyQwen2_5_VLProcessor
-    placeholders = "one per merged patch: t·h·w / merge²"
 
 
 class Qwen3VL(_MRope):
@@ -114,7 +114,6 @@ class Qwen3VL(_MRope):
 
     title = "Qwen3-VL"
     processor = processors.ImageOnlyQwen3VLProcessor
-    placeholders = "one per merged patch: t·h·w / merge²"
 
     def repeat(self, features: Any, tokens: Sequence[int], repeats: Sequence[int]) -> None:
         """The DeepStack levels too."""

@@ -35,6 +35,7 @@ LAYOUT = "vaopd_layout"  # the keyword argument of the model's forward that carr
 # Groups are attended together, padded to the longest, until their siblings have this many tokens: short ones would spend their time
 # on calls, long ones on padding.
 TOGETHER = 1024
+LEAST_RATIO = 1.3  # tokens apart over tokens packed, from which sharing a prompt pays
 
 
 def shared(model: Any, groups: Sequence[Group], view: str) -> Tensor:
@@ -354,7 +355,7 @@ class Auto:
         least_ratio: the token ratio from which sharing pays.
     """
 
-    def __init__(self, least_ratio: float = 1.3) -> None:
+    def __init__(self, least_ratio: float = LEAST_RATIO) -> None:
         self.least_ratio = least_ratio
         self._reasons: WeakKeyDictionary[nn.Module, dict[bool, str | None]] = WeakKeyDictionary()  # by the model's mode
         self._checked: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()

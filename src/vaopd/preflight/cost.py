@@ -16,7 +16,7 @@ import torch
 from vaopd.bench.flops import Load, rows_load, shared_load, step_flops
 from vaopd.config import RunConfig
 from vaopd.errors import ConfigError, did_you_mean
-from vaopd.preflight.memory import BF16, FP32, SHARING_PAYS, Model, Work, reads_twice
+from vaopd.preflight.memory import BF16, FP32, Model, Work, reads_twice, shares
 
 ARITHMETIC, BANDWIDTH = 0.4, 0.6  # shares of a device's peaks that are reached
 
@@ -86,8 +86,7 @@ def step_cost(recipe: RunConfig, student: Model, teacher: Model | None, work: Wo
     """Every answer taken as `work.response` tokens long."""
     prompts, k = recipe.optim.prompts_per_step, 1 if recipe.method.off_policy else recipe.rollouts.k
     lengths = [work.response] * k
-    pays = k * (work.prompt + work.response) / (work.prompt + k * work.response) >= SHARING_PAYS
-    load = (shared_load if recipe.forward == "auto" and pays else rows_load)(work.prompt, lengths, work.patches)
+    load = (shared_load if shares(recipe, student, work, k) else rows_load)(work.prompt, lengths, work.patches)
     views = 1 + reads_twice(recipe) if teacher and recipe.loss != "nll" else 0
     group = _step_flops(student, teacher if views else None, load, views)
     prefill, tokens = student.decoder * work.prompt + student.vision * work.patches, student.decoder * k * work.response

@@ -26,10 +26,10 @@ from vaopd.config import RunConfig
 from vaopd.core.head import default_chunk
 from vaopd.models.families import family_of, vision_parameters
 from vaopd.models.lora import add_adapters
+from vaopd.models.shared_prompt import LEAST_RATIO
 from vaopd.train.setup import READS_THE_IMAGE_ONCE
 
 FP32, BF16 = 4, 2
-SHARING_PAYS = 1.3  # token ratio from which siblings share their prompt (vaopd.models.shared_prompt.Auto)
 SAMPLER = {True: 48, False: 28}  # bytes of the sampler per rollout and vocabulary entry, with top-p and without
 
 
@@ -156,11 +156,17 @@ class Batch:
     patches: int
 
 
+def shares(recipe: RunConfig, model: Model, work: Work, k: int) -> bool:
+    """Whether siblings will share their prompt: what `vaopd.models.shared_prompt.Auto` decides for answers of one length."""
+    ratio = k * (work.prompt + work.response) / (work.prompt + k * work.response)
+    return recipe.forward == "auto" and family_of(model.config).not_shared is None and ratio >= LEAST_RATIO
+
+
 def micro_batch(recipe: RunConfig, model: Model, work: Work, prompts: int, k: int) -> tuple[Batch, bool]:
     """The largest, and whether it is the only one of a step."""
     row = work.prompt + work.response
     packed = work.prompt + k * work.response
-    shared = recipe.forward == "auto" and family_of(model.config).not_shared is None and k * row / packed >= SHARING_PAYS
+    shared = shares(recipe, model, work, k)
     group = packed if shared else k * row
     limit, whole = recipe.optim.tokens_per_forward, prompts * group
     tokens = max(min(whole, limit), row)
