@@ -1,7 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from vaopd.train.health import noise_floor, noise_warning, peak_memory, truncation_warning
+from vaopd.train.health import noise_floor, noise_warning, peak_memory, process_status, truncation_warning
 from vaopd.types import ORIGINAL, Group, Prompt, Scores
 
 
@@ -41,4 +44,13 @@ def test_peak_memory_sees_a_large_tensor():
     before = peak_memory(torch.device("cpu"))
     block = torch.ones(int((before + 200) * 2**20 / 4))  # larger by 200 MiB than anything this process has held
     assert peak_memory(torch.device("cpu")) > before + 150
+    del block
+
+
+@pytest.mark.skipif(process_status("VmHWM") is None, reason="only Linux tells")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    block = torch.ones(200 * 2**20)  # 800 MiB
+    code = "import torch; from vaopd.train.health import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 700
     del block

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vaopd.core import Head, fused_weighted_divergence
+from vaopd.train.health import process_status
 
 MIB = 2**20
 CHECK_ROWS = 64  # of the reference that gradients are checked against
@@ -99,7 +100,7 @@ def run(loss: Loss, x: Operands) -> dict[str, float | None]:
     start = time.process_time()
     loss(x).backward()
     seconds = time.process_time() - start
-    peak = _status("VmHWM")
+    peak = process_status("VmHWM")
     return {"seconds": seconds, "peak_mib": None if before is None or peak is None else peak - before}
 
 
@@ -127,16 +128,7 @@ def _reset_peak() -> float | None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    return _status("VmRSS")
-
-
-def _status(key: str) -> float | None:
-    """MiB from /proc/self/status."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 / MIB for line in lines if line.startswith(key)), None)
+    return process_status("VmRSS")
 
 
 def main(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,8 +19,19 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that this process has used so far, in MiB: allocated on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    # Linux carries ru_maxrss over from the process that started this one, so it is only the second choice.
+    resident = process_status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20 if resident is None else resident
+
+
+def process_status(key: str) -> float | None:
+    """A size from Linux's account of this process, in MiB: VmRSS is the resident memory now, VmHWM its peak. None elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
 def noise_floor(teacher: Teacher, groups: Sequence[Group]) -> float:
