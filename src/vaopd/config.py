@@ -18,10 +18,10 @@ from vaopd.views import View, options_of, view
 # method -> its numbers with their defaults (method.md of the paper: tau = 1, lambda = 0.5, p_v = 0.2); the same names as the
 # weightings of vaopd.core
 METHODS: dict[str, dict[str, Any]] = {
-    "va_opd": {"tau": 1.0, "lam": 0.5, "p_visual": 0.2, "eps": 1e-6},
+    "va_opd": {"tau": 1.0, "lam": 0.5, "p_visual": 0.2, "eps": 1e-6, "absolute": False},
     "opd": {},
-    "rollout_only": {"tau": 1.0, "eps": 1e-6},
-    "token_only": {"lam": 0.5, "p_visual": 0.2},
+    "rollout_only": {"tau": 1.0, "eps": 1e-6, "absolute": False},
+    "token_only": {"lam": 0.5, "p_visual": 0.2, "absolute": False},
     "random_tokens": {"tau": 1.0, "lam": 0.5, "p_visual": 0.2, "eps": 1e-6, "seed": 0},
     "mask_tokens": {"which": "top", "share": 0.1, "seed": 0},
     "off_policy_kd": {},
@@ -66,7 +66,7 @@ class MethodConfig(_Strict):
                     f"method '{self.name}' has no number '{key}'.{did_you_mean(key, known)} It has: {', '.join(known) or 'none'}"
                 )
             kind = int | float if isinstance(known[key], float) else type(known[key])
-            if isinstance(value, bool) or not isinstance(value, kind):
+            if isinstance(value, bool) != isinstance(known[key], bool) or not isinstance(value, kind):
                 raise ValueError(f"'{key}' of method '{self.name}' must be like {known[key]!r}, found {value!r}")
         return self
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vaopd.core import visual_advantage
+from vaopd.core import VAOPD, advantage_for, visual_advantage
 
 from . import reference
 
@@ -20,6 +20,19 @@ def test_equals_the_loop(pairs: list[tuple[float, float]], deadband: float) -> N
     original, degraded = [x for x, _ in pairs], [y for _, y in pairs]
     a_N = visual_advantage(torch.tensor(original).double(), torch.tensor(degraded).double(), deadband=deadband)
     assert a_N.tolist() == reference.visual_advantage(original, degraded, deadband)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(scores, scores), max_size=20), st.sampled_from([0.0, 0.5]))
+def test_the_absolute_difference_is_the_positive_part_of_one_sign_or_the_other(pairs: list[tuple[float, float]], deadband: float) -> None:
+    original, degraded = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T
+    both = visual_advantage(original, degraded, deadband=deadband) + visual_advantage(degraded, original, deadband=deadband)
+    assert visual_advantage(original, degraded, deadband=deadband, absolute=True).tolist() == both.tolist()
+    assert advantage_for(VAOPD(absolute=True), original, degraded, deadband=deadband).tolist() == both.tolist()
+    assert (
+        advantage_for(VAOPD(), original, degraded, deadband=deadband).tolist()
+        == visual_advantage(original, degraded, deadband=deadband).tolist()
+    )
 
 
 def test_keeps_the_dtype_and_carries_no_gradient() -> None:

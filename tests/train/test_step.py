@@ -229,8 +229,9 @@ def test_advantages_have_the_sign_of_the_paper() -> None:
     prompt = Prompt("p", torch.arange(2))
     group = Group(prompt, (torch.tensor([3, 4]), torch.tensor([5, 6])), (True, True))
     score = Scores(torch.zeros(4, 2), {ORIGINAL: torch.tensor([-1.0, -3.0, -1.0, -2.0]), DEGRADED: torch.tensor([-2.5, -1.0, -1.05, -2.0])})
-    assert advantages([group], [score], 0.1).tolist() == [1.5, 0.0, 0.0, 0.0]
-    assert advantages([group], [score], 0.01).tolist() == pytest.approx([1.5, 0.0, 0.05, 0.0])
+    assert advantages([group], [score], VAOPD(), 0.1).tolist() == [1.5, 0.0, 0.0, 0.0]
+    assert advantages([group], [score], VAOPD(), 0.01).tolist() == pytest.approx([1.5, 0.0, 0.05, 0.0])
+    assert advantages([group], [score], VAOPD(absolute=True), 0.1).tolist() == [1.5, 2.0, 0.0, 0.0]
     assert layout([group, group])[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert layout([group, group])[1].tolist() == [0, 0, 1, 1]
 

@@ -21,7 +21,7 @@ def test_a_prompt_without_a_picture_is_weighted_as_plain_opd(pair: Pair) -> None
     ]
     groups = [make_group(prompt, [5, 9, 3], seed) for seed, prompt in enumerate(prompts)]
     teacher = LocalTeacher(pair.teacher, vocab_size=pair.vocab_size, forward=rows, tokens_per_forward=10_000)
-    a_N = advantages(groups, teacher.score(groups, (ORIGINAL, DEGRADED)), deadband=0.0)
+    a_N = advantages(groups, teacher.score(groups, (ORIGINAL, DEGRADED)), VAOPD(), deadband=0.0)
     pictured, text = a_N.split(17)
     assert pictured.max() > 0
     assert torch.equal(text, torch.zeros(17))

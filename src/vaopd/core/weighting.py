@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._checks import require_exact, require_finite, require_flat, require_integers, require_positive, require_same_length, require_share
+from .advantage import visual_advantage
 
 
 def _segment_sum(x_N: Tensor, index_N: Tensor, segments: int) -> Tensor:
@@ -73,7 +74,10 @@ class Batch:
 
 
 class Weighting(Protocol):
-    """The seam for a new weighting: its two shares multiply to the coefficient of a token."""
+    """The seam for a new weighting: its two shares multiply to the coefficient of a token.
+
+    One that ranks by the size of the teacher's difference, whatever its sign, has a true attribute `absolute` besides (`advantage_for`).
+    """
 
     def rollout_shares(self, batch: Batch) -> Tensor:
         """w_R, sums to 1 in each group."""
@@ -116,6 +120,7 @@ class VAOPD:
     lam: float = 0.5  # mass of the visual tokens of a rollout
     p_visual: float = 0.2  # share of a rollout's tokens that are in V_k
     eps: float = 1e-6  # beside the standard deviation, in nats
+    absolute: bool = False  # of the siblings and tokens: by |difference|, not by its positive part (not in the paper)
 
     def __post_init__(self) -> None:
         require_positive(tau=self.tau, eps=self.eps)
@@ -145,6 +150,7 @@ class RolloutOnly:
 
     tau: float = 1.0
     eps: float = 1e-6
+    absolute: bool = False
 
     def __post_init__(self) -> None:
         require_positive(tau=self.tau, eps=self.eps)
@@ -162,6 +168,7 @@ class TokenOnly:
 
     lam: float = 0.5
     p_visual: float = 0.2
+    absolute: bool = False
 
     def __post_init__(self) -> None:
         _require_split(self.lam, self.p_visual)
@@ -222,6 +229,11 @@ class MaskTokens:
         masked_R = _ceil_share(self.share, batch.length_R).minimum(batch.length_R - 1) * batch.depends_on_image_R
         kept_N = batch.rank_N(score_N) >= masked_R[batch.rollout_N]
         return kept_N / (batch.length_R - masked_R).double()[batch.rollout_N]
+
+
+def advantage_for(weighting: Weighting, logp_original_N: Tensor, logp_degraded_N: Tensor, *, deadband: float = 1e-4) -> Tensor:
+    """What this weighting ranks by: eq. 2, or the difference's size where `weighting.absolute`. As `visual_advantage`."""
+    return visual_advantage(logp_original_N, logp_degraded_N, deadband=deadband, absolute=getattr(weighting, "absolute", False))
 
 
 def _require_split(lam: float, p_visual: float) -> None:

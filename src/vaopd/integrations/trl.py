@@ -25,13 +25,13 @@ from vaopd.core import (
     RolloutOnly,
     TokenOnly,
     Weighting,
+    advantage_for,
     as_divergence,
     effective_rollouts,
     from_padded,
     fused_weighted_divergence,
     token_coefficients,
     token_log_probs,
-    visual_advantage,
 )
 from vaopd.errors import ConfigError, DataError, did_you_mean
 from vaopd.models.families import family_of
@@ -222,7 +222,7 @@ class VAOPDTrainer(DistillationTrainer):
         # A row without an image looks the same under every view: it gets the same numbers, not a second rounding of them.
         pictured_R = torch.tensor(batch["num_images"], device=rollout_N.device) > 0
         degraded_N = torch.where(pictured_R[rollout_N], degraded_N, original_N)
-        return states_RTG, visual_advantage(original_N, degraded_N, deadband=self.args.deadband)
+        return states_RTG, advantage_for(self.args.weighting, original_N, degraded_N, deadband=self.args.deadband)
 
     def _micro_batches(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The batch in as many parts as the update has, rows in order."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaopd.core import Weighting, fused_weighted_divergence, token_coefficients, token_log_probs, visual_advantage
+from vaopd.core import Weighting, advantage_for, fused_weighted_divergence, token_coefficients, token_log_probs
 from vaopd.models.forward import counted_by, head_of, micro_batches
 from vaopd.train.step import layout
 from vaopd.types import DEGRADED, ORIGINAL, Group, ResponseForward, Teacher
@@ -46,7 +46,7 @@ def score_groups(
         return Scored([[] for _ in groups])
     scores = teacher.score(whole, (ORIGINAL, DEGRADED))
     logp = {view: torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED)}
-    a_N = visual_advantage(logp[ORIGINAL], logp[DEGRADED], deadband=deadband)
+    a_N = advantage_for(weighting, logp[ORIGINAL], logp[DEGRADED], deadband=deadband)
     c_N = token_coefficients(a_N, *layout(whole), weighting)
     batches = micro_batches(whole, tokens_per_forward, counted_by(forward, student))
     hidden_NH = torch.cat([forward(student, batch, ORIGINAL) for batch in batches])

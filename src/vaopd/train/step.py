@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vaopd.core import Head, Weighting, fused_weighted_divergence, token_coefficients, token_log_probs, visual_advantage
+from vaopd.core import Head, Weighting, advantage_for, fused_weighted_divergence, token_coefficients, token_log_probs
 from vaopd.models.forward import counted_by, head_of, micro_batches
 from vaopd.train.metrics import Metrics, rollout_metrics, score_metrics, weight_metrics
 from vaopd.types import DEGRADED, ORIGINAL, Group, Prompt, ResponseForward, RolloutEngine, Scores, Teacher
@@ -55,7 +55,7 @@ def train_step(prompts: Sequence[Prompt], step: int, weighting: Weighting, tools
         return rollout_metrics(rollouts, groups) | {"nonfinite": 1}
 
     # 3. Which tokens, and which rollouts, depend on the image (eq. 2), and so what each token's divergence weighs (eq. 3-5).
-    a_N = advantages(groups, scores, tools.deadband)
+    a_N = advantages(groups, scores, weighting, tools.deadband)
     c_N = token_coefficients(a_N, *layout(groups), weighting)
 
     # 4. The weighted divergence of student and teacher (eq. 1 and 6): a mean over the prompts of all processes, in any micro-batches.
@@ -125,12 +125,12 @@ def layout(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     return torch.arange(len(lengths_R)).repeat_interleave(lengths_R), group_R
 
 
-def advantages(groups: Sequence[Group], scores: Sequence[Scores], deadband: float) -> Tensor:
-    """(N,) eq. 2; zero where the degraded view was not scored, as for OPD and sft: no token is called visual."""
+def advantages(groups: Sequence[Group], scores: Sequence[Scores], weighting: Weighting, deadband: float) -> Tensor:
+    """(N,) eq. 2, or what else the weighting ranks by; zero where the degraded view was not scored, as for OPD and sft."""
     if not scores or DEGRADED not in scores[0].logp_N:
         return torch.zeros(sum(sum(group.lengths) for group in groups))
     original_N, degraded_N = (torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED))
-    return visual_advantage(original_N, degraded_N, deadband=deadband)
+    return advantage_for(weighting, original_N, degraded_N, deadband=deadband)
 
 
 def backward(groups: Sequence[Group], scores: Sequence[Scores], c_N: Tensor, normalizer: float, tools: Tools) -> tuple[float, Tensor]:
