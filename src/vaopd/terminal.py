@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,18 @@ errors = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """A plain line; nothing in it is markup."""
-    console.print(escape(text), soft_wrap=True)
+    """A plain line; nothing in it is markup, or a command to the terminal."""
+    console.print(escape(_spelled_out(text)), soft_wrap=True)
 
 
 def error(text: str) -> None:
     """A user's mistake: what is wrong and what to do."""
-    errors.print(f"[bold red]error[/]  {escape(text)}", soft_wrap=True)
+    errors.print(f"[bold red]error[/]  {escape(_spelled_out(text))}", soft_wrap=True)
+
+
+def _spelled_out(text: str) -> str:
+    """Control characters, which file names and data may hold, as `\\x1b`; line ends and tabs stay."""
+    return "".join(repr(sign)[1:-1] if unicodedata.category(sign) == "Cc" and sign not in "\n\t" else sign for sign in text)
 
 
 def _bars(*, time_left: bool = True) -> Progress:
@@ -268,7 +274,10 @@ def show_models(models: Mapping[str, Mapping[str, Any]], *, questions: int, k: i
 
 
 def show_run(folder: Path) -> None:
-    """What a finished run measured."""
+    """What a finished run measured, and which rows it could not use."""
+    for name, file in json.loads((folder / "data.json").read_text(encoding="utf-8"))["files"].items():
+        for reason, count in file["skipped"].items():
+            say(f"data.{name}: {count} of {file['rows']} rows skipped: {reason}")
     path = folder / "eval.json"
     if not path.exists():
         say(f"run: {folder}")
@@ -361,11 +370,22 @@ def show_probe(result: Mapping[str, Any]) -> None:
     if "views" in result:
         views = {name: [_number(r["va"], 3), _percent(r["va_top10"]), _percent(r["same_tokens"])] for name, r in result["views"].items()}
         _show_rows(("view", "mean VA", "in top 10 %", "same tokens %"), views)
+    if "gradients" in result:
+        _show_gradients(result["gradients"])
     seen = {name: _percent(value) for name, value in result["reliance"].items()}
     say(f"accuracy   seeing {seen['seeing']}, image degraded {seen['degraded']}, image removed {seen['removed']}")
     say(f"rollouts   {_number(result['effective_rollouts']['mean'], 2)} of {result['k']} really count under va_opd")
     say(f"responses  {_number(result['tokens'], 1)} tokens, {_percent(result['repetition'])} % of their 4-grams repeated")
     _show_mass(result["mass_curve"])
+
+
+def _show_gradients(found: Mapping[str, Mapping[str, Any]]) -> None:
+    numbers = ("norm", "signal", "cosine_opd", "cosine_accuracy")
+    header = ("gradient of", "norm", "signal", "cosine to OPD", "to accuracy")
+    _show_rows(header, {name: [_number(entry[key], 3) for key in numbers] for name, entry in found.items()})
+    parts = [(kind, name) for kind in ("classes", "directions") for name in next(iter(found.values()))[kind]]
+    header = ("share of its square, %", *(name for _, name in parts))
+    _show_rows(header, {name: [_percent(entry[kind][part]) for kind, part in parts] for name, entry in found.items()})
 
 
 def _show_rows(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from vaopd.analysis.matrix import Place, comparison_cells, data_of, development_cells, places, write_data
 from vaopd.config import load_study
 from vaopd.data.sources import read_examples
+from vaopd.data.validate import files_of
 from vaopd.errors import ConfigError
 
 RECIPE = {"student": "s", "teacher": "t", "rollouts": {"k": 2, "max_tokens": 48}, "optim": {"steps": 2}, "eval": {"k": 3}}
@@ -124,6 +126,26 @@ def test_own_data_with_fewer_rows_than_asked_for(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"asks for 2 rows, but .* has 1"):
         write_data(study)
+
+
+def test_own_data_of_another_format_is_shortened_too(tmp_path):
+    """The shortened rows are in the package's own format, so a cell's other files have to be, and the recipe's format goes."""
+    for name, count in (("train", 4), ("eval", 2), ("test", 2)):
+        turns = [[{"from": "human", "value": f"{name} {n}?"}, {"from": "gpt", "value": f"{n}."}] for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"id": f"{name}{n}", "conversations": turns[n]}) + "\n" for n in range(count))
+        )
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval", "test")}
+    study = study_of(tmp_path, world=None, recipe={**RECIPE, "data": {**files, "format": "llava"}}, train_sizes=[3])
+    write_data(study)
+    data = data_of(study, Place(None, None, None, 3))
+    rows = {name: read_examples(path, data.format, data.question) for name, path in files_of(data).items()}
+    assert {name: [row.id for row in found] for name, found in rows.items()} == {
+        "train": ["train0", "train1", "train2"],
+        "eval": ["eval0", "eval1"],
+        "test": ["test0", "test1"],
+    }
+    assert rows["train"][2].solution == "2."
 
 
 @pytest.mark.parametrize(

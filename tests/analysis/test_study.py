@@ -131,7 +131,7 @@ def test_the_study_is_written_with_everything_filled_in(finished):
 def test_a_finished_cell_of_numbers_keeps_no_model(finished):
     study, _, _ = finished
     left = {path.name for path in (study.run / "sft-grainy-seed0").iterdir()}
-    assert left == {"config.yaml", "metrics.jsonl", "eval.json", "cell.json", "cost.jsonl"}
+    assert left == {"config.yaml", "data.json", "metrics.jsonl", "eval.json", "cell.json", "cost.jsonl"}
 
 
 def test_the_tables_of_the_summary(finished):

@@ -14,6 +14,7 @@ from small_processor import NOT_SPECIAL, SPECIAL, TEMPLATE, ImageOnlyProcessor, 
 from tokenizers import AddedToken, normalizers
 from tokenizers.processors import TemplateProcessing
 
+from vaopd.data.images import decode
 from vaopd.data.render import Renderer
 from vaopd.errors import ConfigError, DataError, ModelError
 from vaopd.types import DEGRADED, ORIGINAL, Example
@@ -75,6 +76,19 @@ LOOK_ALIKES = [
 )
 def test_odd_but_ordinary_text(processor: ImageOnlyProcessor, renderer: Renderer, text: str) -> None:
     assert renderer(row(text, PICTURE)).ids_P.tolist() == own_ids(processor, noise(), text)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        row("What?"),
+        row("<image> or <image>?", encoded(noise(100, 60)), encoded(noise(33, 90, 1))),
+        row("Is <|im_end|> a token? <|image_pad|>", PICTURE),
+    ],
+)
+def test_the_length_of_a_prompt_is_known_from_sizes(renderer: Renderer, example: Example) -> None:
+    sizes = [decode(image).size for image in example.images]
+    assert renderer.prompt_tokens(example, sizes) == len(renderer(example).ids_P)
 
 
 def test_marks_in_the_middle(processor: ImageOnlyProcessor, renderer: Renderer) -> None:

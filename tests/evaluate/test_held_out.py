@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from small_pair import Pair, write_data
+from small_pair import Pair, mixed_examples, write_data
+from vaopd.analysis.probe_models import load
 from vaopd.config import ViewConfig
 from vaopd.data.sources import read_examples
 from vaopd.errors import ModelError
 from vaopd.evaluate import held_out
 from vaopd.evaluate.command import evaluate_folder
 from vaopd.evaluate.held_out import SCORED_SIBLINGS, evaluate_model
-from vaopd.evaluate.runner import standard_error
+from vaopd.evaluate.runner import answer_in_parts, standard_error
 from vaopd.models.forward import rows
 from vaopd.rollouts.hf import HFEngine, Sampling
 from vaopd.teachers.local import LocalTeacher
@@ -136,6 +140,40 @@ def test_progress_is_told(pair: Pair, examples: list[Example]) -> None:
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_only_a_few_questions_are_rendered_at_a_time(pair: Pair, seen: list[dict[str, Any]], at_once: int) -> None:
+    """With the same answers and the same scores as all at once; no rendered image outlives its part."""
+    examples = [*mixed_examples(), Example("mark alone", mixed_examples()[0].images, "<image>", "3")]
+    examples = [replace(example, answer="3") for example in examples]
+    teacher = make_teacher(pair)
+    whole = run(pair, examples, teacher, k=2, rows=64)
+    responses = [response.tolist() for call in seen for group in call["groups"] for response in group.responses]
+    seen.clear()
+    parts = run(pair, examples, teacher, k=2, rows=2 * at_once)
+    assert max(len(call["prompts"]) for call in seen) == min(at_once, 6)
+    assert [response.tolist() for call in seen for group in call["groups"] for response in group.responses] == responses
+    assert parts.keys() == whole.keys()
+    for key in parts.keys() - {"mass_curve"}:
+        assert parts[key] == (whole[key] if whole[key] is None else pytest.approx(whole[key], rel=1e-4)), key
+    assert parts["mass_curve"]["mass"] == pytest.approx(whole["mass_curve"]["mass"], abs=1e-4)
+
+
+def test_answers_keep_no_pictures(pair: Pair, examples: list[Example]) -> None:
+    looked = []
+    engine = held_out.sampler(pair.student, pair.source, SAMPLING)
+    answers = answer_in_parts(
+        engine, examples, pair.renderer, held_out.decoder(pair.source), k=2, at_once=2, look=lambda groups: looked.append(groups)
+    )
+    assert [len(groups) for groups in looked] == [2, 1]
+    assert all(group.prompt.images for groups in looked for group in groups)
+    assert [group.prompt.id for group in answers.groups] == [example.id for example in examples]
+    assert not any(group.prompt.images for group in answers.groups)
+    assert answers.correct_QK is not None
+    assert answers.correct_QK.shape == (3, 2)
+    some = [examples[0], replace(examples[1], answer=None), examples[2]]
+    assert answer_in_parts(engine, some, pair.renderer, held_out.decoder(pair.source), k=2, at_once=1).correct_QK is None
+
+
 def options(**changes: Any) -> dict[str, Any]:
     return {
         **{"k": 2, "teacher": None, "max_tokens": 6, "temperature": 1.0, "rows": 64, "view_config": ViewConfig(), "seed": 5},
@@ -157,6 +195,29 @@ def test_a_folder_is_evaluated_as_the_model_in_it(pair: Pair, data: dict[str, st
 def test_a_folder_and_a_teacher_that_do_not_agree_are_refused(pair: Pair, data: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model folder"):
         evaluate_folder(str(pair.student_folder), Path(data["eval"]), **options(teacher=str(tmp_path / "nowhere")))
+
+
+def test_a_student_with_pixel_limits_of_its_own_is_scored_by_its_teacher(
+    pair: Pair, data: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exported model keeps data.max_pixels, of which the teacher's folder knows nothing; other differences are refused as ever."""
+    folder = tmp_path / "trained"
+    shutil.copytree(pair.student_folder, folder)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        values = json.loads((folder / name).read_text())
+        values.get("image_processor", values)["size"] = {"shortest_edge": 256, "longest_edge": 256}
+        (folder / name).write_text(json.dumps(values))
+    entry = evaluate_folder(str(folder), Path(data["eval"]), **options(teacher=str(pair.teacher_folder)))
+    assert entry["va"] > 0
+    assert "hold for" in caplog.text
+    assert "256 to 256 pixels" in caplog.text
+    scored = load([str(folder), str(pair.teacher_folder)])
+    assert dict(scored[1].source.processor.image_processor.size) == {"shortest_edge": 256, "longest_edge": 256}
+    values = json.loads((folder / "processor_config.json").read_text())
+    values["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="image_mean"):
+        evaluate_folder(str(folder), Path(data["eval"]), **options(teacher=str(pair.teacher_folder)))
 
 
 def test_the_data_set_of_these_tests_is_deterministic(tmp_path: Path, data: dict[str, str]) -> None:

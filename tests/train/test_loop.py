@@ -95,7 +95,7 @@ def assert_same(one: Path, other: Path, step: int = STEPS) -> None:
 
 
 def test_the_folder_has_what_is_documented(whole: Path) -> None:
-    expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "samples", "eval.json", "checkpoints", "model", "tensorboard"}
+    expected = {"config.yaml", "data.json", "metrics.jsonl", "samples.jsonl", "samples", "eval.json", "checkpoints", "model", "tensorboard"}
     assert {path.name for path in whole.iterdir()} == expected
     assert not list(whole.rglob("*unfinished*"))
     assert list((whole / "tensorboard").iterdir())

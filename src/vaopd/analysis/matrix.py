@@ -120,7 +120,16 @@ def data_of(study: StudyConfig, place: Place) -> DataConfig:
     else:
         data = DataConfig.model_validate(study.recipe_of(place.regime, place.student, place.teacher)["data"])
         folder = study.run / ("data" if "data" not in _regime_recipe(study, place.regime) else f"data-{place.regime}")
-    return data if place.train_size is None else data.model_copy(update={"train": folder / f"train-{place.train_size}.jsonl"})
+    if place.train_size is None:
+        return data
+    shorter: dict[str, Any] = {"train": folder / f"train-{place.train_size}.jsonl"}
+    if data.format or data.question:  # the first rows are written in the package's own format, so that all files have to be in it
+        shorter |= {
+            "format": None,
+            "question": None,
+            **{name: folder / f"{name}.jsonl" for name in ("eval", "test") if getattr(data, name)},
+        }
+    return data.model_copy(update=shorter)
 
 
 def write_data(study: StudyConfig) -> None:
@@ -136,7 +145,10 @@ def write_data(study: StudyConfig) -> None:
     for place in places(study):
         if place.train_size is not None:
             whole, part = data_of(study, Place(place.regime, place.student, place.teacher, None)), data_of(study, place)
-            _write_first(whole.train, part.train, place.train_size)
+            _write_first(whole, whole.train, part.train, place.train_size)
+            for name in ("eval", "test"):
+                if (target := getattr(part, name)) != (source := getattr(whole, name)):
+                    _write_first(whole, source, target, None)
 
 
 def _world_folder(study: StudyConfig, regime: str | None) -> Path:
@@ -162,11 +174,12 @@ def _write_world(world: WorldConfig, folder: Path) -> None:
     write_world(world, folder)
 
 
-def _write_first(source: Path, target: Path, rows: int) -> None:
+def _write_first(data: DataConfig, source: Path, target: Path, rows: int | None) -> None:
+    """The first rows, or all of them, in the package's own format."""
     if target.exists():
         return
-    examples = read_examples(source)
-    if len(examples) < rows:
+    examples = read_examples(source, data.format, data.question)
+    if rows is not None and len(examples) < rows:
         raise ConfigError(f"train_sizes asks for {rows} rows, but {source} has {len(examples)}. Ask for fewer")
     write_examples(examples[:rows], target.parent, target.stem)
 

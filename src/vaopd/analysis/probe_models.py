@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaopd.analysis.probes import by_class, effective, masking, next_token_entropy, reliance, repetition, share_of, split_mean
+from vaopd.analysis.gradients import gradient_probe
+from vaopd.analysis.probes import (
+    by_class,
+    effective,
+    masking,
+    next_token_entropy,
+    reliance,
+    repetition,
+    share_of,
+    split_mean,
+    token_class,
+)
 from vaopd.analysis.view_table import QUESTIONS_AT_ONCE, view_table
 from vaopd.config import ViewConfig
 from vaopd.core import VAOPD, fused_weighted_divergence, visual_advantage, visual_tokens
@@ -20,7 +31,7 @@ from vaopd.errors import ConfigError, DataError, did_you_mean
 from vaopd.evaluate.command import DEADBAND, TOKENS_PER_FORWARD
 from vaopd.evaluate.held_out import decoder, sampler
 from vaopd.evaluate.runner import Answers, advantage_summary, answer, mass_curve
-from vaopd.models.load import Source, check_agreement, load_model, open_source
+from vaopd.models.load import Source, check_agreement, load_model, open_source, show_alike
 from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.hf import Sampling
 from vaopd.teachers.local import LocalTeacher
@@ -66,6 +77,7 @@ def load(names: Sequence[str]) -> list[Loaded]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sources = {name: open_source(str(Path(name) / "model") if (Path(name) / "model").is_dir() else name) for name in names}
     for source in sources.values():
+        show_alike(sources[names[0]], source)
         check_agreement(sources[names[0]], source)
     loaded = {}
     for name, source in sources.items():
@@ -87,6 +99,7 @@ def probe(
     deadband: float = DEADBAND,
     others: Sequence[Loaded] = (),
     views: Sequence[str] = (),
+    gradients: bool = False,
     on_progress: OnProgress = lambda done, of: None,
 ) -> dict[str, Any]:
     """All probes on the student's K responses to every question that has a picture.
@@ -94,6 +107,7 @@ def probe(
     Args:
         others: more models, for instance other checkpoints, whose reading of the same responses is compared.
         views: names of views to put side by side; none: no such table.
+        gradients: also `vaopd.analysis.gradients`, which takes minutes and holds some fifty gradients of the student.
 
     Returns:
         the JSON that docs/probes.md describes.
@@ -106,7 +120,7 @@ def probe(
         raise DataError("no question has a picture, so nothing can depend on one. Give data with images")
     graded = all(example.answer is not None for example in asked)
     conditions = CONDITIONS if graded else CONDITIONS[:1]
-    parts = len(conditions) + 1 + bool(views)
+    parts = len(conditions) + 1 + bool(views) + gradients
     renderer = Renderer(student.source.processor, view_config.make())
     answers = {}
     for condition in conditions:
@@ -129,8 +143,22 @@ def probe(
     if views:
         chosen = {name: view_config.make() if name == view_config.name else ViewConfig.from_options(name).make() for name in views}
         result["views"] = view_table(teacher.scorer, student.source.processor, asked, groups, chosen, measured.a_N, deadband)
+        on_progress(parts - gradients, parts)
+    if gradients:
+        result["gradients"] = _gradients(student, teacher, answers["seeing"], deadband)
         on_progress(parts, parts)
     return result
+
+
+def _gradients(student: Loaded, teacher: Loaded, answers: Answers, deadband: float) -> dict[str, Any]:
+    """Of the questions of which every response has a token: others would compare fewer siblings."""
+    whole = [index for index, group in enumerate(answers.groups) if all(group.lengths)]
+    groups = [answers.groups[index] for index in whole]
+    pieces = token_pieces(student.source.processor.tokenizer)
+    classes = [token_class(text) for group in groups for response in group.responses for text in pieces(response)]
+    right = None if answers.correct_QK is None else [answers.correct_QK[index].tolist() for index in whole]
+    scorer = student.scorer
+    return gradient_probe(scorer.model, scorer.forward, scorer.vocab_size, teacher.scorer, groups, classes, right, deadband=deadband)
 
 
 def measure(student: Loaded, teacher: Loaded, others: Sequence[Loaded], groups: Sequence[Group], deadband: float) -> Measured:
@@ -192,6 +220,7 @@ def probe_folder(
     teacher: str,
     others: Sequence[str],
     views: Sequence[str],
+    gradients: bool,
     view_config: ViewConfig,
     sampling: Sampling,
     k: int,
@@ -208,7 +237,7 @@ def probe_folder(
     examples = read_examples(data)
     loaded = load([model, teacher, *others])
     options: dict[str, Any] = {"view_config": view_config, "sampling": sampling, "k": k, "rows": rows, "on_progress": on_progress}
-    return probe(loaded[0], loaded[1], examples, others=loaded[2:], views=names, **options)
+    return probe(loaded[0], loaded[1], examples, others=loaded[2:], views=names, gradients=gradients, **options)
 
 
 def _view_names(views: Sequence[str]) -> list[str]:

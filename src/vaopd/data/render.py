@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,6 +70,41 @@ class Renderer:
             return torch.tensor([*self._control.encode(text), self.eos_id], dtype=torch.long)
         except DataError as error:
             raise DataError(f"example '{row}', response: {error}" if row else f"response: {error}") from error
+
+    def prompt_tokens(self, example: Example, sizes: Sequence[Size]) -> int:
+        """How many tokens the prompt will have, from its text and the (width, height) of its images, without touching a pixel.
+
+        Exact for Qwen-VL; elsewhere a few tokens around each image may be missing. Raises `DataError` naming the field for a text or a
+        size that `__call__` would refuse.
+        """
+        try:
+            text, _, cuts = self._chat_text(split_marks(example.problem, len(sizes)))
+        except DataError as error:
+            raise DataError(f"field 'problem': {error}") from error
+        tokens = len(self._processor.tokenizer(text, **self._options(text))["input_ids"]) - cuts
+        for number, (width, height) in enumerate(sizes, 1):
+            try:
+                tokens += self._image_tokens(width, height) - 1
+            except (ValueError, TypeError, ZeroDivisionError) as error:
+                raise DataError(
+                    f"field 'images', image {number}: {width}x{height} can't be shown ({error}). Crop it, or take the row out."
+                ) from error
+        return tokens
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - a renderer lives as long as its run
+    def _image_tokens(self, width: int, height: int) -> int:
+        """Placeholders of an image of this size, which stand where the text has one."""
+        count = getattr(self._processor, "_get_num_multimodal_tokens", None)  # the processors' own, which vLLM plans with, too
+        if count is not None:
+            return int(sum(count(image_sizes=[(height, width)]).num_image_tokens))
+        text, _, _ = self._chat_text([None])
+        shown = self._processor(text=[text], images=[[Image.new("RGB", (width, height))]], return_tensors="pt", **self._options(text))
+        return int(shown["input_ids"].shape[1]) - len(self._processor.tokenizer(text, **self._options(text))["input_ids"]) + 1
+
+    def _options(self, text: str) -> dict[str, Any]:
+        """As in `apply_chat_template`: a template that writes the BOS itself must not get a second one."""
+        bos = self._processor.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
 
     def _render(self, example: Example, views: Sequence[str]) -> Prompt:
         parts = split_marks(example.problem, len(example.images))
@@ -163,9 +199,7 @@ class Renderer:
 
     def _process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """The processor on one chat: `input_ids` (1, P) and the images' tensors."""
-        bos = self._processor.tokenizer.bos_token
-        # As in `apply_chat_template`: a template that writes the BOS itself must not get a second one.
-        options: dict[str, Any] = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
+        options = self._options(text)
         if images:
             options["images"] = [list(images)]
         try:

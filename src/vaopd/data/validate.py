@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vaopd.config import DataConfig
 from vaopd.data.sources import Rows
-from vaopd.data.survey import OnProgress, Survey, fingerprint, survey, unheard
+from vaopd.data.survey import OnProgress, RowCheck, Survey, fingerprint, survey, unheard
 from vaopd.errors import DataError
 from vaopd.types import Example
 
@@ -25,6 +26,16 @@ class DataSets:
     left_out: int = 0  # training rows that ask a held-out question
 
     @property
+    def account(self) -> dict[str, Any]:
+        """`data.json` (docs/run_folder.md): where every row of every file has gone."""
+        files = {
+            name: {"rows": len(found.digests) + len(found.defects), "used": len(found.digests), "skipped": dict(found.defects.by_reason)}
+            for name, found in self.surveys.items()
+        }
+        sizes = {"train": len(self.train), "held_out": len(self.held_out), "test": len(self.test), "left_out": self.left_out}
+        return {"files": files, **sizes}
+
+    @property
     def notes(self) -> list[str]:
         """What is to be said of them before a run starts; nothing is left out without a word."""
         skipped = sum(len(found.defects) for found in self.surveys.values())
@@ -35,28 +46,52 @@ class DataSets:
         for name, found in self.surveys.items():
             if found.text_only:
                 said.append(f"data.{name}: {found.text_only} of {len(found.digests)} rows without a picture; their tokens weigh alike")
-            said += [f"data.{name}: {count} rows {remark}" for remark, count in found.remarks.items()]
+            said += [f"data.{name}: {remark}" for remark in found.remarks]
             said += [f"data.{name}: {count} rows skipped: {reason}" for reason, count in found.defects.by_reason.most_common()]
         return said
 
 
-def open_sets(data: DataConfig, *, strict: bool | None = None, on_progress: Callable[[str], OnProgress] = lambda name: unheard) -> DataSets:
+def open_sets(
+    data: DataConfig,
+    *,
+    strict: bool | None = None,
+    check: RowCheck | None = None,
+    on_progress: Callable[[str], OnProgress] = lambda name: unheard,
+) -> DataSets:
     """Look at every row of every set, and keep them apart.
 
     Args:
         strict: stop at the first bad row; None: as the recipe says in `bad_rows`.
+        check: what else every row must pass (`vaopd.data.survey.survey`).
         on_progress: name of a set -> whom to tell how far it is.
 
     Raises:
         DataError: something can't be read or used, or a held-out question is also trained on.
     """
     strict = data.bad_rows == "refuse" if strict is None else strict
-    paths: dict[str, Path | None] = {"train": data.train, "eval": data.eval, "test": data.test}
     found = {
-        name: survey(path, data.format, data.question, strict=strict, on_progress=on_progress(name))
-        for name, path in paths.items()
-        if path is not None
+        name: survey(path, data.format, data.question, strict=strict, check=check, on_progress=on_progress(name))
+        for name, path in files_of(data).items()
     }
+    return arrange(data, found)
+
+
+def files_of(data: DataConfig) -> dict[str, Path]:
+    """Name of a set -> its file or folder."""
+    paths = {"train": data.train, "eval": data.eval, "test": data.test}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def arrange(data: DataConfig, found: Mapping[str, Survey]) -> DataSets:
+    """The sets of a run from a survey of each file.
+
+    Raises:
+        DataError: a file has not one good row, or a held-out question is also trained on.
+    """
+    for each in found.values():
+        if not each.digests:
+            rows, first = len(each.defects), each.defects.first[0]
+            raise DataError(f"data set '{each.reader.path}': none of its {rows} rows can be used. The first: {first}")
     training = found["train"]
     train, held_out, left_out = training.rows, found["eval"].rows if "eval" in found else training.rows[:0], 0
     digests: Sequence[bytes] = training.digests

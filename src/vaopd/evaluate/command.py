@@ -12,7 +12,7 @@ from vaopd.config import ViewConfig
 from vaopd.data.render import Renderer
 from vaopd.data.sources import read_examples
 from vaopd.evaluate.held_out import evaluate_model
-from vaopd.models.load import check_agreement, load_model, open_source
+from vaopd.models.load import check_agreement, load_model, open_source, show_alike
 from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.hf import Sampling
 from vaopd.teachers.local import LocalTeacher
@@ -41,7 +41,9 @@ def evaluate_folder(
     """
     source = open_source(model)
     if teacher:
-        check_agreement(source, teacher_source := open_source(teacher))
+        teacher_source = open_source(teacher)
+        show_alike(source, teacher_source)
+        check_agreement(source, teacher_source)
     examples = read_examples(data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

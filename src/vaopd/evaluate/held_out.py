@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vaopd.data.render import Renderer
-from vaopd.evaluate.runner import Answers, advantage_summary, answer, mass_curve, standard_error, teacher_advantages
+from vaopd.data.sources import IMAGE_MARK, Rows
+from vaopd.evaluate.runner import Answers, advantage_summary, answer_in_parts, mass_curve, standard_error, teacher_advantages, unseen
 from vaopd.models.load import Source, control_ids
 from vaopd.rollouts.hf import HFEngine, Sampling
-from vaopd.types import DEGRADED, ORIGINAL, Example, Teacher
+from vaopd.types import DEGRADED, ORIGINAL, Example, Group, Teacher
 
 SCORED_SIBLINGS = 4  # of each question, for the mean advantage: the teacher's cost is the larger part
 
@@ -49,33 +51,37 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """The entry of one model in `eval.json` (docs/run_folder.md), with `per_question` accuracies and, with a teacher, the `mass_curve`.
 
-    Blind accuracy is measured with the image degraded and with the image removed from the prompt.
+    Blind accuracy is measured with the image degraded and with the image removed from the prompt; the latter where words are left.
     """
-    pictured = [example for example in examples if example.images]
-    conditions: list[tuple[str, Sequence[Example]]] = [("seeing", examples)]
+    conditions: dict[str, Sequence[Example]] = {"seeing": examples}
     if examples and all(example.answer is not None for example in examples):
-        conditions += [("blind_degraded", pictured), ("blind_removed", pictured)]
+        pictured = [index for index, example in enumerate(examples) if example.images]
+        worded = [index for index in pictured if examples[index].problem.replace(IMAGE_MARK, "").strip()]
+        conditions |= {"blind_degraded": _those(examples, pictured), "blind_removed": _those(examples, worded)}
+    advantages: list[Tensor] = []
+
+    def score(groups: Sequence[Group]) -> None:
+        if teacher is not None:
+            scored = [group.take(range(min(SCORED_SIBLINGS, len(group.responses)))) for group in groups]
+            advantages.append(teacher_advantages(teacher, scored, deadband))
+
     entry: dict[str, Any] = {"blind_degraded": None, "blind_removed": None, "va": None, "va_top10": None}
-    for index, (condition, asked) in enumerate(conditions):
+    for done, (condition, asked) in enumerate(conditions.items(), 1):
         if asked:
-            answers = _ask(condition, model, source, asked, renderer, sampling, k, rows)
-            entry |= _entry(condition, answers)
-            if condition == "seeing" and teacher is not None:
-                a_N = teacher_advantages(
-                    teacher, [group.take(range(min(SCORED_SIBLINGS, len(group.responses)))) for group in answers.groups], deadband
-                )
-                entry |= advantage_summary(a_N) | {"mass_curve": mass_curve(a_N)}
-        on_progress(index + 1, len(conditions))
+            engine = sampler(model, source, sampling, view=DEGRADED if condition == "blind_degraded" else ORIGINAL, rows=rows)
+            render = renderer.without_images if condition == "blind_removed" else renderer
+            look = score if condition == "seeing" else unseen
+            entry |= _entry(condition, answer_in_parts(engine, asked, render, decoder(source), k=k, at_once=max(1, rows // k), look=look))
+        on_progress(done, len(conditions))
+    if advantages:
+        a_N = torch.cat(advantages)
+        entry |= advantage_summary(a_N) | {"mass_curve": mass_curve(a_N)}
     return entry
 
 
-def _ask(
-    condition: str, model: Any, source: Source, examples: Sequence[Example], renderer: Renderer, sampling: Sampling, k: int, rows: int
-) -> Answers:
-    view = DEGRADED if condition == "blind_degraded" else ORIGINAL
-    prompts = [renderer.without_images(e) if condition == "blind_removed" else renderer(e) for e in examples]
-    engine = sampler(model, source, sampling, view=view, rows=rows)
-    return answer(engine, prompts, [example.answer for example in examples], decoder(source), k=k)
+def _those(examples: Sequence[Example], kept: Sequence[int]) -> Sequence[Example]:
+    """Some of them; those of a file are still read only when they are asked."""
+    return examples.take(kept) if isinstance(examples, Rows) else [examples[index] for index in kept]
 
 
 def _entry(condition: str, answers: Answers) -> dict[str, Any]:

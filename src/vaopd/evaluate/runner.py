@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vaopd.core import top_share, visual_advantage
 from vaopd.evaluate.grade import is_correct
-from vaopd.types import DEGRADED, ORIGINAL, Group, Prompt, RolloutEngine, Teacher
+from vaopd.types import DEGRADED, ORIGINAL, Example, Group, Prompt, RolloutEngine, Teacher
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,39 @@ def answer(
         graded = [[is_correct(text, str(right)) for text in row] for row, right in zip(texts, answers, strict=True)]
         correct_QK = torch.tensor(graded, dtype=torch.float64)
     return Answers(groups, texts, correct_QK)
+
+
+def unseen(groups: Sequence[Group]) -> None:
+    """For `answer_in_parts`, where nobody looks."""
+
+
+def answer_in_parts(
+    engine: RolloutEngine,
+    examples: Sequence[Example],
+    render: Callable[[Example], Prompt],
+    decode: Callable[[Tensor], str],
+    *,
+    k: int,
+    at_once: int,
+    look: Callable[[Sequence[Group]], None] = unseen,
+) -> Answers:
+    """As `answer`, with only `at_once` questions rendered at a time: an image of a megapixel is 25 MB once it is rendered.
+
+    Args:
+        look: sees the groups of each part while they have their images; those of the result have none.
+    """
+    parts = []
+    for start in range(0, len(examples), at_once):
+        asked = examples[start : start + at_once]
+        part = answer(engine, [render(example) for example in asked], [example.answer for example in asked], decode, k=k)
+        look(part.groups)
+        parts.append(replace(part, groups=[replace(g, prompt=replace(g.prompt, images={})) for g in part.groups]))
+    graded = [part.correct_QK for part in parts if part.correct_QK is not None]
+    return Answers(
+        [group for part in parts for group in part.groups],
+        [texts for part in parts for texts in part.texts],
+        torch.cat(graded) if parts and len(graded) == len(parts) else None,
+    )
 
 
 def standard_error(accuracy_Q: Tensor) -> float:

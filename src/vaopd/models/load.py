@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +20,7 @@ from vaopd.models.processors import PREFIX
 
 BUILTIN = "builtin:"
 
+log = logging.getLogger(__name__)
 
 # Control ids that a model's configuration names, where it has them.
 NAMED_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id")
@@ -85,7 +87,7 @@ def limit_pixels(source: Source, smallest: int | None, largest: int | None) -> s
     """
     processor = source.processor.image_processor
     size = dict(processor.size)
-    if not hasattr(processor, "merge_size") or not {"shortest_edge", "longest_edge"} <= size.keys():  # elsewhere these are sides
+    if not _has_limits(processor):
         raise ModelError(
             f"{source.name}: data.min_pixels and data.max_pixels are of models that show an image at its own resolution (Qwen-VL); "
             f"{type(processor).__name__} knows none. Take them out of the recipe"
@@ -98,6 +100,21 @@ def limit_pixels(source: Source, smallest: int | None, largest: int | None) -> s
         )
     processor.size = type(processor.size)(**size)
     return f"an image is shown with {size['shortest_edge']:,} to {size['longest_edge']:,} pixels"
+
+
+def show_alike(student: Source, teacher: Source) -> None:
+    """The limits of pixels with which the student was trained hold for a teacher that scores it, said aloud: data.min_pixels and
+    data.max_pixels are kept by an exported model, and unknown to the teacher's own folder.
+    """
+    ours, theirs = (source.processor.image_processor for source in (student, teacher))
+    if ours.size != theirs.size and _has_limits(ours) and _has_limits(theirs):
+        held = limit_pixels(teacher, ours.size["shortest_edge"], ours.size["longest_edge"])
+        log.warning("%s was trained with limits of its own, which hold for %s too: %s", student.name, teacher.name, held)
+
+
+def _has_limits(image_processor: Any) -> bool:
+    # Elsewhere the two edges are sides of an image, and not its least and most pixels.
+    return hasattr(image_processor, "merge_size") and {"shortest_edge", "longest_edge"} <= dict(image_processor.size).keys()
 
 
 def load_processor(path: str, family: Family) -> Any:

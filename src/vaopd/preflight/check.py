@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from vaopd.config import RunConfig
 from vaopd.data.render import Renderer
-from vaopd.data.survey import OnProgress, Survey, unheard
-from vaopd.data.validate import DataSets, open_sets
+from vaopd.data.survey import OnProgress, RowCheck, Survey, survey, unheard
+from vaopd.data.validate import DataSets, arrange, files_of
 from vaopd.errors import VaopdError
 from vaopd.models.load import Source
 from vaopd.preflight.cost import ARITHMETIC, BANDWIDTH, Cost, Device, step_cost
 from vaopd.preflight.memory import Memory, Work, estimate, measure
 from vaopd.train.schedule import total_steps
-from vaopd.train.setup import check_solutions, open_models
-from vaopd.types import ORIGINAL, Example
+from vaopd.train.setup import check_solutions, open_models, row_check
+from vaopd.types import ORIGINAL
 
 RENDERED = 32  # rows, spread over the set, that tell how long prompts are
 ASSUMED = Work(prompt=600, response=0, patches=2000)  # without data: a picture of 500 image tokens and a question
@@ -51,52 +53,66 @@ def validate(
     """Every gate of a run, each on its own, so that one mistake doesn't hide the next. Nothing is written, no weight is loaded."""
     verdict = Verdict()
     sources = verdict.attempt(lambda: open_models(recipe, verdict.checks.append))
-    sets = verdict.attempt(lambda: _data(recipe, verdict, on_progress)) if with_data else None
+    check = verdict.attempt(lambda: _row_check(recipe, sources)) if sources else None
+    sets = _data(recipe, verdict, check, on_progress) if with_data else None
     if sources:
         source, teacher = sources
-        typical, longest = ASSUMED, ASSUMED
-        if sets:
-            lengths = verdict.attempt(lambda: prompt_lengths(recipe, source, sets.train))
-            typical, longest = lengths or (ASSUMED, ASSUMED)
+        lengths = verdict.attempt(lambda: prompt_lengths(recipe, source, sets)) if sets and check else None
+        typical, longest = lengths or (ASSUMED, ASSUMED)
         steps = recipe.optim.steps or (total_steps(recipe.optim, len(sets.train)) if sets else None)
         _plan(verdict, recipe, source, teacher, (typical, longest), device, steps, processes)
     return verdict
 
 
-def _data(recipe: RunConfig, verdict: Verdict, on_progress: Callable[[str], OnProgress]) -> DataSets:
+def _row_check(recipe: RunConfig, sources: tuple[Source, Source | None]) -> RowCheck:
+    return row_check(recipe, sources, Renderer(sources[0].processor))
+
+
+def _data(recipe: RunConfig, verdict: Verdict, check: RowCheck | None, on_progress: Callable[[str], OnProgress]) -> DataSets | None:
+    """Every file on its own, then what they are to one another."""
+    data, found = recipe.data, dict[str, Survey]()
     began = time.perf_counter()
-    sets = open_sets(recipe.data, strict=False, on_progress=on_progress)
+    for name, path in files_of(data).items():
+        seen = verdict.attempt(lambda: survey(path, data.format, data.question, strict=False, check=check, on_progress=on_progress(name)))  # noqa: B023 - called at once
+        if seen:
+            found[name] = seen
     seconds = max(time.perf_counter() - began, 1e-9)
-    verdict.checks += sets.notes
-    pictures = sum(found.pictures for found in sets.surveys.values())
+    pictures = sum(each.pictures for each in found.values())
     verdict.checks.append(f"{pictures} images decoded in {seconds:.1f} s, {pictures / seconds:.0f} a second")
-    for name, found in sets.surveys.items():
-        if len(found.defects) and recipe.data.bad_rows == "refuse":
-            verdict.problems.append(defects_text(name, found))
-    check_solutions(recipe, sets)
+    for name, each in found.items():
+        if len(each.defects) and (data.bad_rows == "refuse" or not each.digests):
+            verdict.problems.append(defects_text(name, each))
+    if found.keys() != files_of(data).keys() or not all(each.digests for each in found.values()):
+        return None
+    sets: DataSets | None = verdict.attempt(lambda: arrange(data, found))
+    if sets:
+        verdict.checks += sets.notes
+        verdict.attempt(lambda: check_solutions(recipe, sets))
     return sets
 
 
 def defects_text(name: str, found: Survey) -> str:
     """How many rows are bad, by reason, and the first of them."""
     good, bad = len(found.digests), len(found.defects)
-    lines = [f"data.{name}: {bad} of {good + bad} rows can't be used. Mend them, or leave them out with data.bad_rows: skip"]
+    rest = ", or leave them out with data.bad_rows: skip" if good else ""
+    lines = [f"data.{name}: {bad} of {good + bad} rows can't be used. Mend them{rest}"]
     lines += [f"  {count:>6} x {reason}" for reason, count in found.defects.by_reason.most_common()]
     lines += [f"  - {error}" for error in found.defects.first]
     return "\n".join(lines)
 
 
-def prompt_lengths(recipe: RunConfig, source: Source, rows: Sequence[Example]) -> tuple[Work, Work]:
-    """(typical, longest) prompt of up to 32 rows, with the longest answer that the recipe allows. Raises DataError for a row that can't
-    be rendered."""
-    renderer = Renderer(source.processor)
+def prompt_lengths(recipe: RunConfig, source: Source, sets: DataSets) -> tuple[Work, Work]:
+    """(typical, longest) prompt of the training file, with the longest answer that the recipe allows.
+
+    Tokens are known of every row; patches of the longest and of up to 32 others. Raises DataError for a row that can't be rendered.
+    """
+    renderer, found = Renderer(source.processor), sets.surveys["train"]
+    rows, tokens = found.rows, np.array(found.tokens)
     spread = range(0, len(rows), -(-len(rows) // RENDERED))
-    prompts = [renderer(rows[index], (ORIGINAL,)) for index in spread]
-    lengths = [len(prompt.ids_P) for prompt in prompts]
-    patches = [_patches(prompt.images.get(ORIGINAL, {})) for prompt in prompts]
+    patches = [_patches(renderer(rows[index], (ORIGINAL,)).images.get(ORIGINAL, {})) for index in [int(tokens.argmax()), *spread]]
     return (
-        Work(round(statistics.mean(lengths)), recipe.rollouts.max_tokens, round(statistics.mean(patches))),
-        Work(max(lengths), recipe.rollouts.max_tokens, max(patches)),
+        Work(round(tokens.mean()), recipe.rollouts.max_tokens, round(statistics.mean(patches[1:]))),
+        Work(int(tokens.max()), recipe.rollouts.max_tokens, max(patches)),
     )
 
 

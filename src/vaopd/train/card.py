@@ -51,6 +51,7 @@ class DataFile:
     name: str  # without its folder
     rows: int
     sha256: str
+    skipped: int = 0  # rows that could not be used
 
 
 def write_card(run: Run, export: Export, result: Mapping[str, Any] | None) -> None:
@@ -188,7 +189,11 @@ def _number(value: float | None, scale: float, digits: int) -> str:
 
 
 def _data(data: Sequence[DataFile]) -> str:
-    lines = [f"* {file.role}: {_code(file.name)}, {file.rows} rows, SHA-256 `{file.sha256}`" for file in data]
+    lines = [
+        f"* {file.role}: {_code(file.name)}, {file.rows} rows{f' ({file.skipped} more could not be used)' if file.skipped else ''}, "
+        f"SHA-256 `{file.sha256}`"
+        for file in data
+    ]
     return "\n".join(lines) + "\n\nThe sums are those of the files of rows; pictures that such a file only names are not in them."
 
 
@@ -220,7 +225,8 @@ def _data_files(run: Run) -> list[DataFile]:
     found = []
     for role, path, rows in (("train", data.train, run.train), ("eval", data.eval, run.held_out), ("test", data.test, run.test)):
         if path is not None:
-            found.append(DataFile(role, path.name, len(rows), content_digest(path)))
+            skipped = sum(run.account["files"][role]["skipped"].values())
+            found.append(DataFile(role, path.name, len(rows), content_digest(path), skipped))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 
 from vaopd.data.images import decode
 from vaopd.evaluate.held_out import SCORED_SIBLINGS, decoder, evaluate_model, sampler
-from vaopd.evaluate.runner import Answers, answer, gain
+from vaopd.evaluate.runner import Answers, answer_in_parts, gain
 from vaopd.models.load import load_model
 from vaopd.models.lora import adapters, adapters_off
 from vaopd.train.metrics import Metrics
@@ -26,15 +26,19 @@ def evaluate_step(run: Run, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
     config = run.config
     asked = run.held_out[: config.eval.questions]
     engine = sampler(run.student, run.source, held_out_sampling(config, config.seed), rows=config.rollouts.rows)
-    answers = answer(engine, [run.renderer(e) for e in asked], [e.answer for e in asked], decoder(run.source), k=config.eval.k)
+    scored: list[list[dict[str, list[float]]]] = []
+
+    def score(groups: Sequence[Group]) -> None:
+        if run.teacher is not None:
+            scored.extend(_score(run, [group.take(_scored_siblings(run, group)) for group in groups], step).groups)
+
+    at_once = max(1, config.rollouts.rows // config.eval.k)
+    answers = answer_in_parts(engine, asked, run.renderer, decoder(run.source), k=config.eval.k, at_once=at_once, look=score)
     row: Metrics = {"kind": "eval", "step": step, "questions": len(asked), "k": config.eval.k, **answers.summary(), "va": None, "kl": None}
     if run.teacher is None:
         return row, []
-    kept = [_nonempty(group, min(config.rollouts.k, SCORED_SIBLINGS)) for group in answers.groups]
-    scored = _score(run, [group.take(siblings) for group, siblings in zip(answers.groups, kept, strict=True)], step)
-    row |= {"va": scored.mean("va"), "kl": scored.mean("kl")}
-    shown = range(min(config.eval.samples, len(asked)))
-    return row, [_sample_row(run, step, asked[q], answers, q, kept[q], scored.groups[q]) for q in shown]
+    row |= {"va": Scored(scored).mean("va"), "kl": Scored(scored).mean("kl")}
+    return row, [_sample_row(run, step, asked[q], answers, q, scored[q]) for q in range(min(config.eval.samples, len(asked)))]
 
 
 def final_evaluation(run: Run, on_final: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -79,7 +83,8 @@ def summarise(entries: dict[str, dict[str, Any]], *, questions: int, k: int) -> 
     }
 
 
-def _nonempty(group: Group, limit: int) -> list[int]:
+def _scored_siblings(run: Run, group: Group) -> list[int]:
+    limit = min(run.config.rollouts.k, SCORED_SIBLINGS)
     return [k for k, response in enumerate(group.responses[:limit]) if len(response)]
 
 
@@ -99,7 +104,7 @@ def _score(run: Run, groups: Sequence[Group], step: int) -> Scored:
 
 
 def _sample_row(
-    run: Run, step: int, example: Example, answers: Answers, question: int, siblings: Sequence[int], columns: list[dict[str, list[float]]]
+    run: Run, step: int, example: Example, answers: Answers, question: int, columns: list[dict[str, list[float]]]
 ) -> dict[str, Any]:
     """One row of samples.jsonl."""
     pieces = token_pieces(run.source.processor.tokenizer)
@@ -113,7 +118,7 @@ def _sample_row(
             "tokens": pieces(group.responses[k]),
             **scores,
         }
-        for k, scores in zip(siblings, columns, strict=True)
+        for k, scores in zip(_scored_siblings(run, group), columns, strict=True)
     ]
     views = zip((decode(source) for source in example.images), run.renderer.degraded_images(example), strict=True)
     pictures = [{"original": run.folder.picture(original), "degraded": run.folder.picture(degraded)} for original, degraded in views]

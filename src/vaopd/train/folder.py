@@ -15,7 +15,7 @@ from vaopd.config import RunConfig, load_config
 from vaopd.data.images import content_hash
 from vaopd.errors import CheckpointError
 
-RECIPE = "config.yaml"
+RECIPE, ACCOUNT = "config.yaml", "data.json"
 # What only decides how a result is computed or kept. The folder may have moved.
 MAY_CHANGE = ("run", "trackers", "checkpoint.", "rollouts.rows", "optim.tokens_per_forward", "optim.checkpointing", "teacher_offload")
 LARGEST_SIDE = 448  # pixels of a stored sample picture

@@ -15,7 +15,7 @@ from vaopd.models.lora import adapters, save_adapter
 from vaopd.train import checkpoint, trackers
 from vaopd.train.card import write_card
 from vaopd.train.evaluation import evaluate_step, final_evaluation
-from vaopd.train.folder import RunFolder
+from vaopd.train.folder import ACCOUNT, RunFolder
 from vaopd.train.health import noise_floor, noise_warning, peak_memory, truncation_warning
 from vaopd.train.metrics import Metrics
 from vaopd.train.schedule import example_indices, learning_rate
@@ -53,6 +53,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress | None 
     RunFolder(config.run).check(config, resume=resume)
     run = set_up(config, on_check=progress.on_check)
     start = _resume(run) if resume else _start(run)
+    run.folder.write_json(ACCOUNT, run.account)
     _measure_noise(run, progress)
     with trackers.tracked(run.tools.accelerator, run.folder) as places:
         for place in places:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from vaopd import core
 from vaopd.config import RunConfig
 from vaopd.data.render import Renderer
+from vaopd.data.survey import RowCheck
 from vaopd.data.validate import DataSets, open_sets
 from vaopd.errors import ConfigError, DataError
 from vaopd.evaluate.held_out import sampler
@@ -32,6 +33,7 @@ from vaopd.train.folder import RunFolder
 from vaopd.train.schedule import total_steps
 from vaopd.train.step import StudentLoss, Tools
 from vaopd.types import DEGRADED, ORIGINAL, Example, ResponseForward, RolloutEngine
+from vaopd.views import Size
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class Run:
     forward: ResponseForward
     tools: Tools
     steps: int
+    account: dict[str, Any]  # data.json
     # What a checkpoint has beside weights and optimiser: non-finite steps in a row, the best evaluation so far, and the sum of the
     # frozen weights.
     state: dict[str, Any] = field(default_factory=lambda: {"nonfinite_streak": 0, "best": None, "frozen": None})
@@ -74,7 +77,7 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     """All gates, then the models. Raises ConfigError, ModelError or DataError before any weight is loaded."""
     source, teacher_source = open_models(config, on_check)
     renderer = Renderer(source.processor, config.view.make())
-    sets = read_data(config, on_check)
+    sets = read_data(config, row_check(config, (source, teacher_source), renderer), on_check)
     training, held_out, test = sets.train, sets.held_out, sets.test
 
     accelerator = Accelerator(mixed_precision=precision(config), log_with=trackers.make(config) or None)
@@ -90,7 +93,8 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     loss = StudentLoss(student, vocab_size=source.vocab_size, forward=forward, loss=config.loss)
     tools = _tools(config, accelerator, loss, teacher, engine)
     steps = total_steps(config.optim, len(training))
-    run = Run(config, RunFolder(config.run), source, student, teacher, renderer, training, held_out, test, forward, tools, steps)
+    folder, account = RunFolder(config.run), sets.account
+    run = Run(config, folder, source, student, teacher, renderer, training, held_out, test, forward, tools, steps, account)
     run.state["frozen"] = fingerprint(frozen_tensors(student))
     return run
 
@@ -125,9 +129,34 @@ def weighting_of(config: RunConfig, step: int) -> core.Weighting:
     return weighting
 
 
-def read_data(config: RunConfig, on_check: Callable[[str], None]) -> DataSets:
+def row_check(config: RunConfig, sources: Sequence[Source | None], renderer: Renderer) -> RowCheck:
+    """What a row must pass beside being read: that it can be rendered, that prompt and answer are no longer than the models were made for,
+    and that a solution which is learnt from can be written.
+    """
+    limits = [(getattr(source.config.get_text_config(), "max_position_embeddings", None), source.name) for source in sources if source]
+    limit, name = min(((limit, name) for limit, name in limits if limit), default=(None, ""))
+    longest = config.rollouts.max_tokens
+
+    def check(example: Example, sizes: Sequence[Size]) -> int:
+        tokens = renderer.prompt_tokens(example, sizes)
+        if limit and tokens + longest > limit:
+            raise DataError(
+                f"field 'problem': with its pictures it has {tokens:,} tokens, and with rollouts.max_tokens {longest:,} that is more than "
+                f"the {limit:,} that {name} was made for. Shorten it, or lower data.max_pixels or rollouts.max_tokens."
+            )
+        if config.method.off_policy and example.solution is not None:
+            try:
+                renderer.encode_response(example.solution)
+            except DataError as error:
+                raise DataError(f"field 'solution': {error}") from error
+        return tokens
+
+    return check
+
+
+def read_data(config: RunConfig, check: RowCheck, on_check: Callable[[str], None]) -> DataSets:
     """Training, held-out and test rows: every image decoded once, no question both trained on and held out."""
-    sets = open_sets(config.data)
+    sets = open_sets(config.data, check=check)
     check_solutions(config, sets)
     for note in sets.notes:
         on_check(note)
