@@ -174,7 +174,7 @@ def test_a_repeated_question_is_mentioned(validate: Validate, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_fifty_photographs_a_second(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Photographs of a megapixel, as JPEG, with every check that `vaopd validate` makes of a row. Measured: 100 to 200 a second."""
+    """Of a megapixel, as JPEG, with every check that `vaopd validate` makes of a row, in the time of one core: others may use the machine."""
     photo = noise(96, 96).resize((1152, 864))
     (tmp_path / "photo.jpg").write_bytes(encoded(photo, "JPEG", quality=90))
     rows = [{"images": ["photo.jpg"], "problem": f"What is at place {number}?"} for number in range(256)]
@@ -183,8 +183,10 @@ def test_fifty_photographs_a_second(recipe: Callable[..., RunConfig], tmp_path: 
     config = recipe()
     source, teacher = open_models(config, lambda text: None)
     assert teacher is not None
-    check = row_check(config, [source, teacher], Renderer(source.processor))
-    began = time.perf_counter()
+    check = row_check(config, (source, teacher), Renderer(source.processor))
+    began = time.process_time()
     found = survey(path, check=check)
-    assert found.pictures / (time.perf_counter() - began) >= 50
+    speed = found.pictures / (time.process_time() - began)
+    print(f"{speed:.0f} photographs a second of one core")
+    assert speed >= 50
     assert len(found.tokens) == 256
