@@ -209,7 +209,7 @@ def test_the_picture_of_all_views() -> None:
 
 
 def options(**changes: Any) -> dict[str, Any]:
-    return {"view_config": ViewConfig(), "sampling": Sampling(6, 1.0, 1.0, 1), "k": 2, "rows": 64, **changes}
+    return {"gradients": False, "view_config": ViewConfig(), "sampling": Sampling(6, 1.0, 1.0, 1), "k": 2, "rows": 64, **changes}
 
 
 def test_all_probes_of_a_folder(pair: Pair, data: dict[str, str]) -> None:
@@ -233,6 +233,17 @@ def test_all_probes_of_a_folder(pair: Pair, data: dict[str, str]) -> None:
     assert sum(share["kl"] for share in result["classes"].values()) == pytest.approx(1)
     assert result["entropy"]["all"] < math.log(pair.vocab_size)
     assert set(result["reliance"]) == {"seeing", "degraded", "removed", "lost_degraded", "lost_removed"}
+
+
+def test_gradients_are_measured_on_request(pair: Pair, data: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vaopd.analysis.gradients.BATCHES", 3)
+    student, teacher = loaded(pair, "student"), loaded(pair, "teacher")
+    told: list[tuple[int, int]] = []
+    asked = read_examples(data["eval"])
+    result = probe(student, teacher, asked, on_progress=lambda done, of: told.append((done, of)), **options(gradients=True))
+    assert told[-1] == (5, 5)
+    assert result["gradients"]["opd"]["norm"] > 0
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_a_model_that_scores_itself_has_no_divergence(pair: Pair, data: dict[str, str]) -> None:
