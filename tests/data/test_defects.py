@@ -174,7 +174,7 @@ def test_a_repeated_question_is_mentioned(validate: Validate, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_fifty_photographs_a_second(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Of a megapixel, as JPEG, with every check that `vaopd validate` makes of a row, in the time of one core: others may use the machine."""
+    """Of a megapixel, as JPEG, with every check that `vaopd validate` makes of a row. In one core's time: others may use the machine."""
     photo = noise(96, 96).resize((1152, 864))
     (tmp_path / "photo.jpg").write_bytes(encoded(photo, "JPEG", quality=90))
     rows = [{"images": ["photo.jpg"], "problem": f"What is at place {number}?"} for number in range(256)]

@@ -34,7 +34,8 @@ def decode(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image
             _refuse_bomb(image.size, max_pixels, name)
             _refuse_animation(image, name)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except DataError:
         raise
     except Image.UnidentifiedImageError:
