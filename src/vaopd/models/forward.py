@@ -5,8 +5,11 @@ The reference for faster ways of computing the same.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -99,14 +102,14 @@ def micro_batches(
     if (whole := [group for group in groups if group.responses]) and count(whole) <= tokens:
         yield whole
         return
-    batch: list[Group] = []
-    for group in whole:
-        taken: list[int] = []
-        for sibling in range(len(group.responses)):
-            if (batch or taken) and count([*batch, group.take([*taken, sibling])]) > tokens:
-                yield [*batch, group.take(taken)] if taken else batch
-                batch, taken = [], []
-            taken.append(sibling)
-        batch.append(group.take(taken))
-    if batch:
-        yield batch
+    siblings = [(index, sibling) for index, group in enumerate(whole) for sibling in range(len(group.responses))]
+
+    def first(size: int) -> list[Group]:
+        parts = groupby(siblings[:size], key=itemgetter(0))
+        return [whole[index].take([sibling for _, sibling in part]) for index, part in parts]
+
+    while siblings:
+        # Searched, not counted one by one: an evaluation sends hundreds of groups.
+        fitting = max(bisect_right(range(1, len(siblings) + 1), tokens, key=lambda size: count(first(size))), 1)
+        yield first(fitting)
+        siblings = siblings[fitting:]

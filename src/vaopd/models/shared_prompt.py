@@ -84,6 +84,8 @@ def token_ratio(groups: Sequence[Group]) -> float:
 def _image_in_response(model: Any, groups: Sequence[Group]) -> str | None:
     """The id of the first prompt to which a response contains an image token."""
     token = getattr(model.config, "image_token_id", -1)
+    if not any(group.responses for group in groups) or not bool((torch.cat([group.ids_N for group in groups]) == token).any()):
+        return None
     return next((group.prompt.id for group in groups for response in group.responses if token in response), None)
 
 
