@@ -56,7 +56,9 @@ class Group:
     prompt: Prompt
     responses: tuple[Tensor, ...]  # K of (T_k,) int64; the first EOS included, nothing after it; may be empty
     ended_K: tuple[bool, ...]  # True: stopped at an EOS. False: cut at the length limit
-    sampler_logp_N: Tensor | None = None  # (N,) fp32, log-probability under the sampling distribution; None: given
+    sampler_logp_N: Tensor | None = None  # (N,) fp32, log-probability under the sampling distribution; None: given, or not known
+    # (N,) fp32 log p(y_t) at temperature 1 over the whole LM head, as the server that sampled computed it; None: no server did
+    served_logp_N: Tensor | None = None
 
     @property
     def ids_N(self) -> Tensor:
@@ -69,7 +71,7 @@ class Group:
         return [len(response) for response in self.responses]
 
     def take(self, siblings: Sequence[int]) -> Group:
-        """The group with these siblings alone; `sampler_logp_N` isn't carried over."""
+        """The group with these siblings alone; log-probabilities of the sampler aren't carried over."""
         return Group(self.prompt, tuple(self.responses[k] for k in siblings), tuple(self.ended_K[k] for k in siblings))
 
 

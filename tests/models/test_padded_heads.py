@@ -102,7 +102,7 @@ def test_the_loss_and_its_gradients_are_those_of_sliced_logits(padded: Padded, l
     teacher, model = teacher_of(padded), padded.student.model
     hidden_NG = torch.cat([score.hidden_NG for score in teacher.score(padded.groups)])
     objective = StudentLoss(model, vocab_size=padded.vocab_size, forward=rows, loss=loss)
-    found, kl_N = objective(padded.groups, hidden_NG, teacher.head, padded.c_N, float(len(padded.groups)))
+    found, kl_N, _ = objective(padded.groups, hidden_NG, teacher.head, padded.c_N, float(len(padded.groups)))
     ours = gradients(model, found)
 
     with torch.no_grad():

@@ -172,7 +172,7 @@ def test_opd_is_the_mean_over_prompts_of_rollouts_of_tokens_and_not_of_all_token
     for group in groups:
         (score,) = tools.teacher.score([group], (ORIGINAL,))  # type: ignore[union-attr]
         with torch.no_grad():
-            _, kl_N = tools.student_loss([group], score.hidden_NG, tools.teacher.head, torch.ones(len(group.ids_N)), 1.0)  # type: ignore[union-attr]
+            _, kl_N, _ = tools.student_loss([group], score.hidden_NG, tools.teacher.head, torch.ones(len(group.ids_N)), 1.0)  # type: ignore[union-attr]
         kl.append(sum(float(part.mean()) for part in kl_N.split(group.lengths)) / 3)
         by_token += kl_N.tolist()
     assert metrics["loss"] == pytest.approx(sum(kl) / len(groups), rel=1e-5)
@@ -378,9 +378,9 @@ def sick_loss(tools: Tools, value: float) -> Tools:
     """The loss alone: its gradient stays finite."""
 
     class Sick(StudentLoss):
-        def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-            loss, kl_N = super().forward(*arguments)
-            return loss + value, kl_N
+        def forward(self, *arguments: Any) -> tuple[Any, ...]:
+            loss, *tokens = super().forward(*arguments)
+            return loss + value, *tokens
 
     whole = tools.student_loss
     return dataclasses.replace(

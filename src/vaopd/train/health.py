@@ -13,6 +13,7 @@ from vaopd.train.metrics import Metrics
 from vaopd.types import ORIGINAL, Group, Teacher
 
 TRUNCATED = 0.25  # share of rollouts cut at the length limit from which a run warns
+APART = 1.05  # exp of the mean |Δ log p| between a rollout server and the trainer above which a run warns
 
 
 def peak_memory(device: torch.device) -> float:
@@ -63,4 +64,16 @@ def truncation_warning(row: Metrics, max_tokens: int) -> str | None:
     return (
         f"step {row['step']}: {100 * row['truncated']:.0f} % of the rollouts were cut at {max_tokens} tokens. They are trained on as they "
         "are; raise rollouts.max_tokens if answers need more"
+    )
+
+
+def gap_warning(row: Metrics) -> str | None:
+    """A warning when the rollout server is another model than the one that is trained; a ratio that is no number is one, too."""
+    ratio = row.get("sampler_ratio", 1.0)
+    if ratio <= APART:
+        return None
+    return (
+        f"step {row['step']}: the server that sampled is not the model that is trained: log-probabilities of the same tokens differ by "
+        f"{row['sampler_gap']:.3f} nats on average, {row['sampler_gap_max']:.2f} at most (ratio {ratio:.2f}, the bar is {APART}). Answers "
+        "come from stale weights, other pixels or another precision: docs/vllm.md says what to look at"
     )

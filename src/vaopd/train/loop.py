@@ -16,7 +16,7 @@ from vaopd.train import checkpoint, trackers
 from vaopd.train.card import write_card
 from vaopd.train.evaluation import evaluate_step, final_evaluation
 from vaopd.train.folder import ACCOUNT, RunFolder
-from vaopd.train.health import noise_floor, noise_warning, peak_memory, truncation_warning
+from vaopd.train.health import gap_warning, noise_floor, noise_warning, peak_memory, truncation_warning
 from vaopd.train.metrics import Metrics
 from vaopd.train.schedule import example_indices, learning_rate
 from vaopd.train.setup import Run, set_up, weighting_of
@@ -73,6 +73,7 @@ def _go_on(run: Run, start: int, progress: Progress) -> None:
         row = _one_step(run, step)
         _record(run, row, progress)
         _warn_of_truncation(run, row)
+        _warn_of_gap(run, row)
         _stop_if_sick(run, row)
         if step % config.eval.every == 0 or step == run.steps:
             _evaluate(run, step, progress)
@@ -121,6 +122,12 @@ def _measure_noise(run: Run, progress: Progress) -> None:
 def _warn_of_truncation(run: Run, row: Metrics) -> None:
     if not run.warned_of_truncation and (warning := truncation_warning(row, run.config.rollouts.max_tokens)):
         run.warned_of_truncation = True
+        log.warning("%s", warning)
+
+
+def _warn_of_gap(run: Run, row: Metrics) -> None:
+    if not run.warned_of_gap and (warning := gap_warning(row)):
+        run.warned_of_gap = True
         log.warning("%s", warning)
 
 

@@ -51,6 +51,15 @@ def score_metrics(kl_N: Tensor | None, a_N: Tensor | None) -> Metrics:
     }
 
 
+def gap_metrics(groups: Sequence[Group], logp_N: Tensor | None) -> Metrics:
+    """How far the server that sampled is from the model that is trained, in log p(y_t) of the same tokens; {} where none sampled."""
+    served = [group.served_logp_N for group in groups if group.served_logp_N is not None]
+    if logp_N is None or len(served) < len(groups):
+        return {}
+    gap_N = (torch.cat(served) - logp_N).abs()
+    return {"sampler_gap": float(gap_N.mean()), "sampler_gap_max": float(gap_N.max()), "sampler_ratio": float(gap_N.mean().exp())}
+
+
 def mean(values: Sequence[float]) -> float | None:
     """The mean, or None of nothing."""
     return sum(values) / len(values) if values else None

@@ -71,6 +71,7 @@ class Run:
     # frozen weights.
     state: dict[str, Any] = field(default_factory=lambda: {"nonfinite_streak": 0, "best": None, "frozen": None})
     warned_of_truncation: bool = False
+    warned_of_gap: bool = False
 
 
 def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:

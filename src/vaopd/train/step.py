@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vaopd.core import Head, Weighting, advantage_for, fused_weighted_divergence, token_coefficients, token_log_probs
 from vaopd.models.forward import counted_by, head_of, micro_batches
-from vaopd.train.metrics import Metrics, rollout_metrics, score_metrics, weight_metrics
+from vaopd.train.metrics import Metrics, gap_metrics, rollout_metrics, score_metrics, weight_metrics
 from vaopd.types import DEGRADED, ORIGINAL, Group, Prompt, ResponseForward, RolloutEngine, Scores, Teacher
 
 
@@ -61,7 +61,7 @@ def train_step(prompts: Sequence[Prompt], step: int, weighting: Weighting, tools
     # 4. The weighted divergence of student and teacher (eq. 1 and 6): a mean over the prompts of all processes, in any micro-batches.
     # Data-parallel training averages gradients over processes, so each divides by its share of the prompts.
     normalizer = scored_prompts / tools.accelerator.num_processes
-    loss, kl_N = backward(groups, scores, c_N, normalizer, tools)
+    loss, kl_N, logp_N = backward(groups, scores, c_N, normalizer, tools)
 
     # 5. The update, unless something was not finite.
     grad_norm = float(tools.accelerator.clip_grad_norm_(tools.student_loss.parameters(), tools.clip))
@@ -72,7 +72,7 @@ def train_step(prompts: Sequence[Prompt], step: int, weighting: Weighting, tools
 
     measured = {"loss": loss, "grad_norm": grad_norm, "nonfinite": int(not applied)}
     compared = score_metrics(kl_N if tools.teacher else None, a_N if DEGRADED in tools.views else None)
-    return rollout_metrics(rollouts, groups) | weight_metrics(groups, c_N) | compared | measured
+    return rollout_metrics(rollouts, groups) | weight_metrics(groups, c_N) | compared | gap_metrics(groups, logp_N) | measured
 
 
 class StudentLoss(nn.Module):
@@ -83,27 +83,40 @@ class StudentLoss(nn.Module):
         vocab_size: the tokenizer's size.
         forward: how the hidden states that predict the responses are computed.
         loss: a divergence (see vaopd.core.as_divergence), or "nll".
+        with_logp: also compute log p_S(y_t) as a rollout server states it, to be compared with what it stated.
     """
 
-    def __init__(self, model: nn.Module, *, vocab_size: int, forward: ResponseForward, loss: str) -> None:
+    def __init__(self, model: nn.Module, *, vocab_size: int, forward: ResponseForward, loss: str, with_logp: bool = False) -> None:
         super().__init__()
         self.model, self.vocab_size, self.response_forward, self.loss = model, vocab_size, forward, loss
+        self.with_logp = with_logp
 
     def forward(
         self, groups: Sequence[Group], teacher_hidden_NG: Tensor | None, teacher_head: Head | None, c_N: Tensor, normalizer: float
-    ) -> tuple[Tensor, Tensor]:
-        """(Σ c_t · KL_t / normalizer, detached KL_t of every token); with "nll", -log p_S(y_t) in the place of KL_t."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(Σ c_t · KL_t / normalizer, detached KL_t of every token, `served_log_probs` or None); with "nll", -log p_S(y_t) for KL_t."""
         if not groups:  # a process without rollouts still takes part in the others' backward
-            return sum((p.sum() * 0 for p in self.parameters() if p.requires_grad), torch.zeros(())), torch.empty(0)
+            return sum((p.sum() * 0 for p in self.parameters() if p.requires_grad), torch.zeros(())), torch.empty(0), None
         hidden_NH = self.response_forward(self.model, groups, ORIGINAL)
+        logp_N = served_log_probs(self.model, groups, hidden_NH.detach()) if self.with_logp else None
         c_N = c_N.to(hidden_NH.device)
         head = head_of(self.model, self.vocab_size)
         if self.loss == "nll":
             nll_N = -token_log_probs(hidden_NH, head, torch.cat([g.ids_N for g in groups]).to(hidden_NH.device))
-            return (c_N * nll_N).sum() / normalizer, nll_N.detach()
+            return (c_N * nll_N).sum() / normalizer, nll_N.detach(), logp_N
         if teacher_hidden_NG is None or teacher_head is None:
             raise ValueError(f"loss '{self.loss}' compares with a teacher's states, but none were given. Use loss 'nll' without a teacher.")
-        return fused_weighted_divergence(hidden_NH, head, teacher_hidden_NG, teacher_head, c_N, normalizer=normalizer, divergence=self.loss)
+        compared = fused_weighted_divergence(
+            hidden_NH, head, teacher_hidden_NG, teacher_head, c_N, normalizer=normalizer, divergence=self.loss
+        )
+        return *compared, logp_N
+
+
+@torch.no_grad()
+def served_log_probs(model: nn.Module, groups: Sequence[Group], hidden_NH: Tensor) -> Tensor:
+    """(N,) log p_S(y_t) at temperature 1 over every row of the LM head, padded ones too: what `Group.served_logp_N` is held to."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    return token_log_probs(hidden_NH, head_of(model, rows), torch.cat([group.ids_N for group in groups]).to(hidden_NH.device))
 
 
 def drop_empty(groups: Sequence[Group]) -> list[Group]:
@@ -133,22 +146,27 @@ def advantages(groups: Sequence[Group], scores: Sequence[Scores], weighting: Wei
     return advantage_for(weighting, original_N, degraded_N, deadband=deadband)
 
 
-def backward(groups: Sequence[Group], scores: Sequence[Scores], c_N: Tensor, normalizer: float, tools: Tools) -> tuple[float, Tensor]:
-    """Accumulate the gradient of eq. 6 over micro-batches; returns this process' share of the loss and the tokens' divergence."""
+def backward(
+    groups: Sequence[Group], scores: Sequence[Scores], c_N: Tensor, normalizer: float, tools: Tools
+) -> tuple[float, Tensor, Tensor | None]:
+    """Accumulate the gradient of eq. 6 over micro-batches; returns this process' share of the loss, the tokens' divergence and, where
+    the loss computes it, their log-probability."""
     hidden_NG = torch.cat([score.hidden_NG for score in scores]) if scores else None
     head = tools.teacher.head if tools.teacher else None
     student: StudentLoss = tools.accelerator.unwrap_model(tools.student_loss)
     batches = list(micro_batches(groups, tools.tokens_per_forward, counted_by(student.response_forward, student.model))) or [[]]
-    loss, start, kl = 0.0, 0, []
+    loss, start, kl, logp = 0.0, 0, [], []
     for index, batch in enumerate(batches):
         tokens = slice(start, start := start + sum(sum(group.lengths) for group in batch))
         last = index == len(batches) - 1
         with nullcontext() if last else tools.accelerator.no_sync(tools.student_loss):
-            part, kl_n = tools.student_loss(batch, None if hidden_NG is None else hidden_NG[tokens], head, c_N[tokens], normalizer)
+            part, kl_n, logp_n = tools.student_loss(batch, None if hidden_NG is None else hidden_NG[tokens], head, c_N[tokens], normalizer)
             tools.accelerator.backward(part)
         loss += float(part.detach())
         kl.append(kl_n.cpu())
-    return loss, torch.cat(kl)
+        if logp_n is not None:
+            logp.append(logp_n.cpu())
+    return loss, torch.cat(kl), torch.cat(logp) if logp else None
 
 
 def total(accelerator: Accelerator, count: int) -> int:
