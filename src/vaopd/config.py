@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from PIL import Image
@@ -28,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
 }
 SELF = "student"  # as the teacher: the student before training
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LEAST_VLLM_TEMPERATURE = 0.01  # it takes a lower one for this (vllm/sampling_params.py, _MAX_TEMP)
 OFF_POLICY = ("off_policy_kd", "sft")  # they learn from the data's solutions, not from the student's rollouts
 
 
@@ -159,6 +162,29 @@ class RolloutConfig(_Strict):
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
     rows: int = Field(64, ge=1, description="rollouts decoded side by side")
+    engine: Literal["hf", "vllm"] = Field("hf", description="vllm: a server samples for training, in its own environment (docs/vllm.md)")
+    url: str = Field("http://127.0.0.1:8000", description="of the vLLM server")
+
+    @field_validator("url")
+    @classmethod
+    def _on_this_machine(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            fits = parts.scheme == "http" and parts.hostname in LOOPBACK and parts.port != 0 and not (parts.path.strip("/") or parts.query)
+        except ValueError:  # a port that is no number
+            fits = False
+        if not fits or "@" in value:
+            raise ValueError(
+                "must be http://127.0.0.1:PORT (or localhost, [::1]): whoever reaches such a server can change its weights, and no "
+                "password guards that. Reach one on another machine through an SSH tunnel, with the run folder on a disk that both see"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _warm_enough(self) -> RolloutConfig:
+        if self.engine == "vllm" and self.temperature < LEAST_VLLM_TEMPERATURE:
+            raise ValueError(f"vLLM samples at a temperature of at least {LEAST_VLLM_TEMPERATURE}, found {self.temperature}")
+        return self
 
 
 class OptimConfig(_Strict):
@@ -268,6 +294,12 @@ class RunConfig(_Strict):
             )
         if self.lora and self.lora.vision and not self.optim.train_vision:
             raise ValueError("`lora.vision: true` adapts the vision tower, which `optim.train_vision: false` freezes. Keep one of them")
+        if self.rollouts.engine == "vllm" and self.lora:
+            raise ValueError("`rollouts.engine: vllm` is given whole weights, not adapters. Take out `lora`, or use `engine: hf`")
+        if self.rollouts.engine == "vllm" and self.method.off_policy:
+            raise ValueError(
+                f"method '{self.method.name}' learns from the data's solutions and samples nothing: take out `rollouts.engine`"
+            )
         return self
 
     @property

@@ -17,7 +17,16 @@ from vaopd.errors import CheckpointError
 
 RECIPE, ACCOUNT = "config.yaml", "data.json"
 # What only decides how a result is computed or kept. The folder may have moved.
-MAY_CHANGE = ("run", "trackers", "checkpoint.", "rollouts.rows", "optim.tokens_per_forward", "optim.checkpointing", "teacher_offload")
+MAY_CHANGE = (
+    "run",
+    "trackers",
+    "checkpoint.",
+    "rollouts.rows",
+    "rollouts.url",
+    "optim.tokens_per_forward",
+    "optim.checkpointing",
+    "teacher_offload",
+)
 LARGEST_SIDE = 448  # pixels of a stored sample picture
 
 

@@ -25,6 +25,7 @@ from vaopd.models.lora import adapters_off, add_adapters, check_lora
 from vaopd.models.shared_prompt import Auto
 from vaopd.rollouts.given import GivenEngine
 from vaopd.rollouts.hf import Sampling
+from vaopd.rollouts.vllm import VLLMEngine, check_vllm
 from vaopd.teachers.local import LocalTeacher
 from vaopd.teachers.offload import Visits
 from vaopd.train import trackers
@@ -75,7 +76,7 @@ class Run:
 
 
 def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
-    """All gates, then the models. Raises ConfigError, ModelError or DataError before any weight is loaded."""
+    """All gates, then the models. Raises ConfigError, ModelError or DataError before any weight is loaded, EngineError after it."""
     source, teacher_source = open_models(config, on_check)
     renderer = Renderer(source.processor, config.view.make())
     sets = read_data(config, row_check(config, (source, teacher_source), renderer), on_check)
@@ -91,7 +92,8 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     if config.teacher_offload:
         on_check(offload_note(teacher))
     engine = _engine(config, source, student, training, renderer)
-    loss = StudentLoss(student, vocab_size=source.vocab_size, forward=forward, loss=config.loss)
+    served = config.rollouts.engine == "vllm"
+    loss = StudentLoss(student, vocab_size=source.vocab_size, forward=forward, loss=config.loss, with_logp=served)
     tools = _tools(config, accelerator, loss, teacher, engine)
     steps = total_steps(config.optim, len(training))
     folder, account = RunFolder(config.run), sets.account
@@ -114,6 +116,8 @@ def open_models(config: RunConfig, on_check: Callable[[str], None]) -> tuple[Sou
         on_check("vocabulary ok · control tokens ok · chat format ok · pixels ok")
     for limit in limits[:1]:  # the gate has found the teacher's to be the same
         on_check(limit)
+    if config.rollouts.engine == "vllm":
+        check_vllm(config, source)
     if config.lora:
         on_check(f"adapters of rank {config.lora.rank} on {', '.join(check_lora(config.lora, source.config))}")
     return source, teacher
@@ -253,6 +257,8 @@ def _engine(config: RunConfig, source: Source, student: Any, training: Sequence[
     if config.method.off_policy:
         responses = {example.id: renderer.encode_response(example.solution or "", example.id) for example in training}
         return GivenEngine(responses, max_tokens=config.rollouts.max_tokens)
+    if config.rollouts.engine == "vllm":
+        return VLLMEngine(student, source, training_sampling(config), url=config.rollouts.url, run=config.run)
     return sampler(student, source, training_sampling(config), rows=config.rollouts.rows)
 
 

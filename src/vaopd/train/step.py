@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -113,7 +114,7 @@ class StudentLoss(nn.Module):
 
 
 @torch.no_grad()
-def served_log_probs(model: nn.Module, groups: Sequence[Group], hidden_NH: Tensor) -> Tensor:
+def served_log_probs(model: Any, groups: Sequence[Group], hidden_NH: Tensor) -> Tensor:
     """(N,) log p_S(y_t) at temperature 1 over every row of the LM head, padded ones too: what `Group.served_logp_N` is held to."""
     rows = model.get_output_embeddings().weight.shape[0]
     return token_log_probs(hidden_NH, head_of(model, rows), torch.cat([group.ids_N for group in groups]).to(hidden_NH.device))
