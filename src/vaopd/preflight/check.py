@@ -16,7 +16,7 @@ from vaopd.data.survey import OnProgress, RowCheck, Survey, survey, unheard
 from vaopd.data.validate import DataSets, arrange, files_of
 from vaopd.errors import VaopdError
 from vaopd.models.load import Source
-from vaopd.preflight.cost import ARITHMETIC, BANDWIDTH, Cost, Device, step_cost
+from vaopd.preflight.cost import ARITHMETIC, BANDWIDTH, Cost, Device, evaluation_seconds, step_cost
 from vaopd.preflight.memory import Memory, Work, estimate, measure
 from vaopd.train.schedule import total_steps
 from vaopd.train.setup import check_solutions, open_models, row_check
@@ -59,8 +59,7 @@ def validate(
         source, teacher = sources
         lengths = verdict.attempt(lambda: prompt_lengths(recipe, source, sets)) if sets and check else None
         typical, longest = lengths or (ASSUMED, ASSUMED)
-        steps = recipe.optim.steps or (total_steps(recipe.optim, len(sets.train)) if sets else None)
-        _plan(verdict, recipe, source, teacher, (typical, longest), device, steps, processes)
+        _plan(verdict, recipe, source, teacher, (typical, longest), device, sets, processes)
     return verdict
 
 
@@ -131,7 +130,7 @@ def _plan(
     teacher_source: Source | None,
     lengths: tuple[Work, Work],
     device: Device,
-    steps: int | None,
+    sets: DataSets | None,
     processes: int,
 ) -> None:
     """Memory and time, from the configurations."""
@@ -151,7 +150,12 @@ def _plan(
             f"about {gib(memory.peak)} GiB are needed at once, but {device.name} has {gib(device.memory)}. In order of what they cost: "
             "optim.checkpointing: true; a smaller optim.tokens_per_forward; teacher_offload: true; lora: {}"
         )
-    verdict.checks.append(cost_text(step_cost(recipe, student, teacher, typical, device, processes=processes), steps, device))
+    steps = recipe.optim.steps or (total_steps(recipe.optim, len(sets.train)) if sets else None)
+    evaluations = None
+    if sets and steps:
+        evaluations = evaluation_seconds(recipe, student, teacher, device, steps=steps, held_out=len(sets.held_out), test=len(sets.test))
+    cost = step_cost(recipe, student, teacher, typical, device, processes=processes)
+    verdict.checks.append(cost_text(cost, steps, device, evaluations))
 
 
 def memory_text(memory: Memory, device: Device) -> str:
@@ -160,16 +164,16 @@ def memory_text(memory: Memory, device: Device) -> str:
     return f"memory at most about {gib(memory.peak)} GiB of {gib(device.memory)} on {device.name}, in {memory.phase}: {parts}"
 
 
-def cost_text(cost: Cost, steps: int | None, device: Device) -> str:
-    """Arithmetic of a step, and hours where the device's figures are known."""
+def cost_text(cost: Cost, steps: int | None, device: Device, evaluations: float | None = None) -> str:
+    """Arithmetic of a step, and hours where the device's figures are known. `evaluations`: their seconds."""
     text = f"a step is {cost.flops / 1e12:,.1f} TFLOP where every answer takes rollouts.max_tokens"
     if steps is not None:
         text += f", {steps} steps"
     if cost.seconds is None:
         return text
     text += f"; {cost.seconds:.0f} s" + (f", {cost.seconds * steps / 3600:.1f} h in all" if steps is not None else "")
-    reached = f"at {100 * ARITHMETIC:.0f} % of {device.name}'s arithmetic and {100 * BANDWIDTH:.0f} % of its bandwidth"
-    return f"{text}, evaluations apart ({reached})"
+    text += ", evaluations apart" if evaluations is None else f", and {evaluations / 3600:.1f} h for evaluations"
+    return f"{text} (at {100 * ARITHMETIC:.0f} % of {device.name}'s arithmetic and {100 * BANDWIDTH:.0f} % of its bandwidth)"
 
 
 def gib(size: float) -> str:

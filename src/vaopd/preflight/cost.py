@@ -19,6 +19,7 @@ from vaopd.errors import ConfigError, did_you_mean
 from vaopd.preflight.memory import BF16, FP32, Model, Work, reads_twice, shares
 
 ARITHMETIC, BANDWIDTH = 0.4, 0.6  # shares of a device's peaks that are reached
+CONDITIONS = 3  # of the final evaluation: seeing, the image degraded, the image removed
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,38 @@ def step_cost(recipe: RunConfig, student: Model, teacher: Model | None, work: Wo
     if device.flops and device.bandwidth:
         seconds = prompts * (group + 2 * prefill) / (ARITHMETIC * device.flops) / processes
         if decoding:
-            together = max(1, recipe.rollouts.rows // k)  # prompts
-            rounds = math.ceil(math.ceil(prompts / processes) / together)
-            weights = student.parameters * (BF16 if recipe.lora else FP32)
-            seconds += rounds * work.response * weights / (BANDWIDTH * device.bandwidth)
+            seconds += _decoding(recipe, _student_bytes(recipe, student), math.ceil(prompts / processes), k, device.bandwidth)
     return Cost(prompts * group, prompts * decoding, seconds)
+
+
+def evaluation_seconds(
+    recipe: RunConfig, student: Model, teacher: Model | None, device: Device, *, steps: int, held_out: int, test: int
+) -> float | None:
+    """Decoding of all evaluations of a run, every answer as long as it may be; None where the device's figures are not known.
+
+    Args:
+        held_out, test: questions, taken to have answers: then the final evaluation asks all of them seeing and twice blind.
+    """
+    if device.bandwidth is None:
+        return None
+    asked, k = min(recipe.eval.questions or held_out, held_out), recipe.eval.k
+    times = 1 + math.ceil(steps / recipe.eval.every)  # before the first step, and after the last
+    of_student = _student_bytes(recipe, student)
+    models = [of_student]
+    if recipe.eval.baselines:
+        models += [of_student, *([teacher.parameters * BF16] if teacher else [])]
+    during = times * _decoding(recipe, of_student, asked, k, device.bandwidth)
+    return during + CONDITIONS * sum(_decoding(recipe, size, test, k, device.bandwidth) for size in models)
+
+
+def _student_bytes(recipe: RunConfig, student: Model) -> int:
+    return student.parameters * (BF16 if recipe.lora else FP32)
+
+
+def _decoding(recipe: RunConfig, weights: int, prompts: int, k: int, bandwidth: float) -> float:
+    """Seconds to decode k answers of the greatest length to each prompt: every token of a round reads the weights once."""
+    rounds = math.ceil(prompts / max(1, recipe.rollouts.rows // k))
+    return rounds * recipe.rollouts.max_tokens * weights / (BANDWIDTH * bandwidth)
 
 
 def _step_flops(student: Model, teacher: Model | None, load: Load, views: int) -> int:
