@@ -597,7 +597,9 @@ def test_the_better_evaluation() -> None:
         return {"accuracy": accuracy, "kl": kl}
 
     assert loop._better(row(0.6, 9.0), row(0.5, 1.0))
-    assert not loop._better(row(0.5, 1.0), row(0.5, 9.0)), "the earlier of two equal ones"
+    assert not loop._better(row(0.5, 1.0), row(0.6, 9.0))
+    assert loop._better(row(0.0, 1.0), row(0.0, 9.0)), "equal: the nearer to the teacher, also before the first right answer"
+    assert not loop._better(row(0.5, 1.0), row(0.5, 1.0)), "nothing tells them apart: the earlier"
     assert loop._better(row(None, 0.9), row(None, 1.0))
     assert not loop._better(row(None, 1.1), row(None, 1.0))
     assert loop._better(row(None), row(None)), "nothing to choose by: the later"

@@ -214,7 +214,7 @@ class Renderer:
                 f"view {view!r} was asked for, but this renderer makes {ORIGINAL!r}{f' and {DEGRADED!r}' if self._degrade else ' only'}"
             )
         degraded = []
-        for number, (image, shown_size) in enumerate(zip(images, self._shown_sizes(original, len(images)), strict=True), 1):
+        for number, (image, shown_size) in enumerate(zip(images, shown_sizes(self._processor, original, len(images)), strict=True), 1):
             result = self._degrade(image, shown_size=shown_size)
             if result.size != image.size or result.mode != "RGB":
                 raise DataError(
@@ -224,15 +224,16 @@ class Renderer:
             degraded.append(result)
         return degraded
 
-    def _shown_sizes(self, tensors: Mapping[str, Tensor], n_images: int) -> list[Size | None]:
-        """The (width, height) that the processor resized each image to, None where it can't be told from its output."""
-        grid, patch = tensors.get("image_grid_thw"), getattr(self._processor.image_processor, "patch_size", None)
-        if grid is not None and isinstance(patch, int) and len(grid) == n_images:
-            return [(width * patch, height * patch) for _, height, width in grid.tolist()]
-        pixels = tensors.get("pixel_values")
-        if pixels is not None and pixels.ndim == 4 and len(pixels) == n_images:  # (image, channel, height, width)
-            return [(pixels.shape[3], pixels.shape[2])] * n_images
-        return [None] * n_images
+
+def shown_sizes(processor: Any, tensors: Mapping[str, Any], n_images: int) -> list[Size | None]:
+    """The (width, height) in pixels to which the processor resized each image, None where it can't be told from its output."""
+    grid, patch = tensors.get("image_grid_thw"), getattr(processor.image_processor, "patch_size", None)
+    if grid is not None and isinstance(patch, int) and len(grid) == n_images:
+        return [(width * patch, height * patch) for _, height, width in grid.tolist()]
+    pixels = tensors.get("pixel_values")
+    if pixels is not None and pixels.ndim == 4 and len(pixels) == n_images:  # (image, channel, height, width)
+        return [(pixels.shape[3], pixels.shape[2])] * n_images
+    return [None] * n_images
 
 
 def _decode(source: Any, number: int) -> Image.Image:

@@ -33,6 +33,7 @@ from vaopd.core import (
     token_coefficients,
     token_log_probs,
 )
+from vaopd.data.render import shown_sizes
 from vaopd.errors import ConfigError, DataError, did_you_mean
 from vaopd.models.families import family_of
 from vaopd.models.forward import head_of
@@ -250,7 +251,7 @@ class VAOPDTrainer(DistillationTrainer):
     def _degraded_pixels(self, batch: dict[str, Any]) -> Tensor:
         """`pixel_values` of the same prompts with degraded images, from the call with which TRL makes the original ones."""
         prompts, images = self._pictured
-        shown = iter(_shown_sizes(batch, self.processing_class))
+        shown = iter(shown_sizes(self.processing_class, batch, sum(batch["num_images"])))
         degraded = [[_degrade(picture, self.args.degrade, next(shown)) for picture in row or []] or None for row in images or []]
         texts = [
             apply_chat_template({"prompt": prompt}, self.processing_class, **self.chat_template_kwargs)["prompt"] for prompt in prompts
@@ -322,14 +323,6 @@ def _groups(batch: dict[str, Any], k: int) -> Tensor:
             f"{k} neighbouring rows of a batch must be of one prompt, but are not. Leave sampler and dataloader settings to TRL"
         )
     return torch.arange(len(prompt_RP)) // k
-
-
-def _shown_sizes(batch: dict[str, Any], processor: Any) -> list[tuple[int, int] | None]:
-    """(width, height) in pixels of each image as the model sees it; None where the processor doesn't tell."""
-    if "image_grid_thw" not in batch:
-        return [None] * sum(batch["num_images"])
-    patch = processor.image_processor.patch_size
-    return [(width * patch, height * patch) for _, height, width in batch["image_grid_thw"].tolist()]
 
 
 def _degrade(picture: Any, degrade: Any, shown_size: tuple[int, int] | None) -> Image.Image:

@@ -177,8 +177,8 @@ def _evaluate(run: Run, step: int, progress: Progress) -> None:
 
 
 def _better(row: Metrics, best: Metrics) -> bool:
-    """By accuracy; by the divergence from the teacher where the data has no answers; else the later one."""
-    if row["accuracy"] is not None:
+    """By accuracy; where it is equal, or the data has no answers, by the divergence from the teacher; with neither, the later one."""
+    if row["accuracy"] != best["accuracy"]:
         return bool(row["accuracy"] > best["accuracy"])
     return row["kl"] is None or bool(row["kl"] < best["kl"])
 
