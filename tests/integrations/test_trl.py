@@ -221,7 +221,7 @@ def test_a_step_of_trl_is_a_step_of_ours(pair: Pair, case: Case, tmp_path: Path,
         assert logged["va"] == pytest.approx(metrics["va"], rel=1e-4)
 
 
-def swapped(original_N: Tensor, degraded_N: Tensor, *, deadband: float) -> Tensor:
+def swapped(weighting: Weighting, original_N: Tensor, degraded_N: Tensor, *, deadband: float) -> Tensor:
     return visual_advantage(degraded_N, original_N, deadband=deadband)
 
 
@@ -230,7 +230,7 @@ def one_group(a_N: Tensor, rollout_N: Tensor, group_R: Tensor, weighting: Weight
 
 
 MISTAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "the sign of eq. 2": lambda patch: patch.setattr(adapter, "visual_advantage", swapped),
+    "the sign of eq. 2": lambda patch: patch.setattr(adapter, "advantage_for", swapped),
     "one view twice": lambda patch: patch.setattr(VAOPDTrainer, "_degraded_pixels", lambda self, batch: batch["pixel_values"]),
     "all prompts in one group": lambda patch: patch.setattr(adapter, "token_coefficients", one_group),
     "siblings from other prompts": lambda patch: patch.setattr(
