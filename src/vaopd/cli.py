@@ -132,6 +132,55 @@ def evaluate(
     _write_json(result, out)
 
 
+@app.command("lmms-eval")
+def lmms_eval(
+    model: Annotated[str, typer.Argument(help="Folder, hub name or builtin:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result and of every sample; samples that are there aren't run again.")],
+    tasks: Annotated[str, typer.Option(help="By commas; default: the paper's eight. TASK=METRIC for another of lmms-eval.")] = "",
+    k: Annotated[int, typer.Option(min=1, help="Samples per question.")] = 8,
+    max_tokens: MaxTokens = 4096,
+    temperature: Temperature = 1.0,
+    rows: SideBySide = 64,
+    seed: SamplingNoise = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first questions of each alone, to try a set-up.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint, as in http://127.0.0.1:8000/v1.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model that judges.")] = None,
+    judge_key_env: Annotated[str, typer.Option(metavar="NAME", help="Environment variable with the endpoint's key.")] = "VAOPD_JUDGE_KEY",
+    lmms_python: Annotated[
+        Path | None, typer.Option(help="Python of the environment with lmms-eval; default: the environment variable VAOPD_LMMS_PYTHON.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="vaopd, or one of lmms-eval's models.")] = "vaopd",
+    model_args: Annotated[str, typer.Option(help="More for the backend, as in tensor_parallel_size=2.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+) -> None:
+    """Measure avg@k on published benchmarks, through lmms-eval in an environment of its own (docs/benchmarks.md)."""
+    from vaopd.evaluate.lmms import RESULT, evaluate_benchmarks
+    from vaopd.evaluate.lmms_judge import Judge
+
+    judge = Judge.from_options(judge_url, judge_model, judge_key_env)
+    with terminal.sampling() as on_progress:
+        result = evaluate_benchmarks(
+            model,
+            [name for name in (part.strip() for part in tasks.split(",")) if name],
+            out,
+            python=str(lmms_python) if lmms_python else None,
+            k=k,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            rows=rows,
+            limit=limit,
+            judge=judge,
+            backend=backend,
+            model_args=model_args,
+            include=include_path,
+            say=terminal.say,
+            on_progress=on_progress,
+        )
+    terminal.show_benchmarks(result)
+    terminal.say(f"result: {out / RESULT}")
+
+
 @app.command()
 def probe(
     model: Annotated[str, typer.Argument(help="Folder, run folder, hub name or builtin:NAME.")],

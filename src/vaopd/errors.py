@@ -42,6 +42,12 @@ class TrainingStopped(VaopdError):
     exit_code = 6
 
 
+class EvaluationError(VaopdError):
+    """A benchmark has no result, or one that can't be trusted."""
+
+    exit_code = 7
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)

@@ -243,6 +243,14 @@ def counting(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
+def sampling() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar over the samples of all benchmarks, with the one that is running."""
+    with _bars() as bars:
+        task = bars.add_task("samples", total=None, rate="", text="")
+        yield lambda done, of, text: bars.update(task, completed=done, total=of, text=text)
+
+
+@contextmanager
 def looking() -> Iterator[Callable[[str], Callable[[int, float], None]]]:
     """A bar per data set that is looked at: rows, how many a second, and the time left."""
     with _bars() as bars:
@@ -386,6 +394,17 @@ def _show_gradients(found: Mapping[str, Mapping[str, Any]]) -> None:
     parts = [(kind, name) for kind in ("classes", "directions") for name in next(iter(found.values()))[kind]]
     header = ("share of its square, %", *(name for _, name in parts))
     _show_rows(header, {name: [_percent(entry[kind][part]) for kind, part in parts] for name, entry in found.items()})
+
+
+def show_benchmarks(result: Mapping[str, Any]) -> None:
+    """The table of the benchmarks, and the paper's two means where all of their benchmarks are there."""
+    rows = {
+        name: [f"{entry['mean']:.1f} ± {entry['se']:.1f}", str(entry["n"]), _percent(entry["truncated"]), entry["rule"]]
+        for name, entry in result["benchmarks"].items()
+    }
+    rows |= {name: [f"{group['mean']:.1f} ± {group['se']:.1f}", "", "", "mean of the above"] for name, group in result["groups"].items()}
+    _show_rows((result["model"], f"avg@{result['k']} ± se", "n", "cut %", "rule"), rows)
+    say(f"{result['k']} samples each at temperature {result['temperature']}; cut: responses that reached {result['max_tokens']} tokens")
 
 
 def _show_rows(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
