@@ -144,3 +144,31 @@ def test_the_response_cache_keeps_nothing_that_was_sampled():
         "assert not d('generate_until', {'temperature': 1.0, 'do_sample': True}) and d('generate_until', {'temperature': 0})"
     )
     subprocess.run([PYTHON, "-c", program], check=True, capture_output=True)
+
+
+def test_the_backend_shows_a_task_its_system_prompt_texts_and_pictures_in_their_places():
+    program = """
+from PIL import Image
+from vaopd.data.render import Renderer
+from vaopd.errors import DataError
+from vaopd.evaluate.lmms_model import as_example, with_system
+from vaopd.models.load import open_source
+text = lambda t: {"type": "text", "text": t}
+picture = {"type": "image", "url": Image.new("L", (64, 64))}
+user = {"role": "user", "content": [text("What is "), picture, text("this?")]}
+system, example = as_example("made/0", [{"role": "system", "content": [text("Be brief.")]}, user])
+processor = open_source("builtin:student").processor
+for shown in (with_system(processor, system), processor):
+    print(ascii(processor.tokenizer.decode(Renderer(shown)(example).ids_P)))
+for messages in ([user, {"role": "assistant", "content": []}], [{"role": "user", "content": [picture, text("<image>")]}]):
+    try: as_example("made/1", messages)
+    except DataError as error: print(error)
+"""
+    done = subprocess.run([PYTHON, "-c", program], check=True, capture_output=True, text=True)
+    begun, plain, turns, marked = done.stdout.splitlines()[-4:]
+    pictures = "<|vision_start|>" + 16 * "<|image_pad|>" + "<|vision_end|>"
+    asked = rf"<|im_start|>user\nWhat is {pictures}this?<|im_end|>\n<|im_start|>assistant\n"
+    assert plain == f"'{asked}'"
+    assert begun == rf"'<|im_start|>system\nBe brief.<|im_end|>\n{asked}'"
+    assert "question 'made/1' has the turns user, assistant" in turns
+    assert "'<image>' in it" in marked
