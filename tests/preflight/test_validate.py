@@ -16,8 +16,8 @@ from vaopd.bench.gpu import real_config
 from vaopd.cli import _shipped, app
 from vaopd.config import RunConfig, load_config
 from vaopd.errors import ConfigError
-from vaopd.preflight.check import validate
-from vaopd.preflight.cost import Device, device_named
+from vaopd.preflight.check import cost_text, validate
+from vaopd.preflight.cost import Cost, Device, device_named, evaluation_seconds
 from vaopd.preflight.memory import Model, Work, estimate, measure
 
 CPU = Device("cpu", 2**34, None, None)
@@ -76,6 +76,25 @@ def test_pixel_limits_reach_the_processor(recipe: Callable[..., RunConfig], pair
     assert "an image is shown with 256 to 1,024 pixels" in checks(max_pixels=1024)
     assert "an image is shown with 2,048 to 4,096 pixels" in checks(min_pixels=2048)
     assert any("at least 8192 and at most 4096 pixels" in text for text in checks(min_pixels=8192))
+
+
+def test_the_time_of_evaluations_by_hand() -> None:
+    """Each round of 64 rows reads the weights once per token: 100 questions x 8 are 13 rounds, 601 x 8 are 76."""
+    recipe = load_config(_shipped(Path("geometry3k")))
+    student, teacher = student_of(False), measure(real_config("8B"))
+    device = Device("card", 10**12, 1.0, 1e12)
+    found = evaluation_seconds(recipe, student, teacher, device, steps=657, held_out=300, test=601)
+    token = 4 * student.parameters / 0.6e12  # fp32 weights at 60 % of the bandwidth
+    during = (1 + 14) * 13 * 1024 * token  # before the first step, every 50, and at the end
+    final = 3 * 76 * 1024 * (2 * token + 2 * teacher.parameters / 0.6e12)  # seeing and twice blind: student, trained student, teacher
+    assert found == pytest.approx(during + final, rel=1e-9)
+    assert evaluation_seconds(recipe, student, teacher, CPU, steps=657, held_out=300, test=601) is None
+    cost = Cost(10**12, 10**12, 9.0)
+    assert "2.0 TFLOP" in cost_text(cost, 657, device, found)
+    assert f"9 s, 1.6 h in all, and {found / 3600:.1f} h for evaluations (at 40 % of card's arithmetic" in cost_text(
+        cost, 657, device, found
+    )
+    assert "evaluations apart" in cost_text(cost, 657, device)
 
 
 # --- shipped recipes, from the published configurations ----------------------------------------------------------------
