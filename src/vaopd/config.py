@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SELF = "student"  # as the teacher: the student before training
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LEAST_VLLM_TEMPERATURE = 0.01  # it takes a lower one for this (vllm/sampling_params.py, _MAX_TEMP)
+VLLM_TEMPERATURES = (0.01, 2.0)  # it takes a lower one for the first (_MAX_TEMP in vllm/sampling_params.py) and refuses a higher one
 OFF_POLICY = ("off_policy_kd", "sft")  # they learn from the data's solutions, not from the student's rollouts
 
 
@@ -181,9 +181,10 @@ class RolloutConfig(_Strict):
         return value
 
     @model_validator(mode="after")
-    def _warm_enough(self) -> RolloutConfig:
-        if self.engine == "vllm" and self.temperature < LEAST_VLLM_TEMPERATURE:
-            raise ValueError(f"vLLM samples at a temperature of at least {LEAST_VLLM_TEMPERATURE}, found {self.temperature}")
+    def _temperature_that_vllm_has(self) -> RolloutConfig:
+        least, most = VLLM_TEMPERATURES
+        if self.engine == "vllm" and not least <= self.temperature <= most:
+            raise ValueError(f"vLLM samples at temperatures from {least} to {most}, found {self.temperature}")
         return self
 
 

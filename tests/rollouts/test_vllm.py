@@ -423,7 +423,8 @@ def test_a_server_on_this_machine(recipe: Callable[..., RunConfig], address: str
     [
         ({"lora": {}}, "given whole weights, not adapters"),
         ({"method": "sft"}, "samples nothing"),
-        ({"rollouts": {"engine": "vllm", "temperature": 0.005}}, "at least 0.01"),
+        ({"rollouts": {"engine": "vllm", "temperature": 0.005}}, "from 0.01 to 2.0, found 0.005"),
+        ({"rollouts": {"engine": "vllm", "temperature": 2.5}}, "from 0.01 to 2.0, found 2.5"),
         ({"rollouts": {"engine": "vlm"}}, "rollouts.engine"),
     ],
 )
