@@ -1,4 +1,6 @@
-"""Retrain the models of the built-in world from their seeds: `python -m vaopd.world.build FOLDER [NAME …]`.
+"""Retrain the models of the built-in world from their seeds: `python -m vaopd.world.build FOLDER [NAME …] [--set KNOB=VALUE …]`.
+
+With knobs (docs/world.md) the same models are made for another world: a teacher of another style, say, or pupils of terse solutions.
 
 Teacher and student differ in size and in how long they learned to read, so the student talks like the teacher and reads worse.
 """
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaopd.config import WorldConfig
+from vaopd.config import WorldConfig, load_world
+from vaopd.errors import ConfigError
 from vaopd.models.load import save_model
 from vaopd.models.processors import ImageOnlyQwen3VLProcessor
 from vaopd.world.draw import BOARD, SIDE
@@ -83,13 +86,18 @@ def world_pupils(world: WorldConfig = DEFAULT) -> Sequence[Pupil]:
 
 def main() -> None:
     """Make the named models, by default all of them."""
-    pupils = {pupil.name: pupil for pupil in world_pupils()}
+    pupils = {pupil.name: pupil for pupil in world_pupils()}  # their names are those of every world
     parser = argparse.ArgumentParser(description="Retrain the models of the built-in world from their seeds.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(pupils)}; default: all")
+    parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="of the world that they learn; may be repeated")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - pupils.keys():
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(pupils)}")
+    try:
+        pupils = {pupil.name: pupil for pupil in world_pupils(load_world(arguments.set))}
+    except ConfigError as error:
+        parser.error(str(error))
     processor = build_processor(texts(), side=SIDE, background=BOARD)
     for name in arguments.names or pupils:
         make(pupils[name], processor, arguments.folder)
