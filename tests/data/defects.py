@@ -107,7 +107,7 @@ DEFECTS = [
     Defect("no question", {"problem": None}, "the field 'problem'", "is missing", "Every row needs the question's text"),
     Defect("empty question", {"problem": " \n"}, "field 'problem'", "is empty", "Fill it in"),
     Defect("half a character", {"problem": "half \ud800"}, "field 'problem'", "half a surrogate pair", "Save the text as UTF-8"),
-    Defect("too long", {"problem": "How long? " * 1000}, "field 'problem'", "rollouts.max_tokens", "Shorten it"),
+    Defect("too long", {"problem": "How long? " * 1000}, "field 'problem'", "more than the 1,024 that", "Shorten it"),
     # types and names
     Defect("number as answer", {"answer": 3}, "field 'answer'", "must be text, got a number", "Put it in quotes"),
     Defect("empty answer", {"answer": ""}, "field 'answer'", "is empty", "or leave it out"),

@@ -65,6 +65,10 @@ def test_reasons_are_equal_for_rows_that_are_wrong_alike() -> None:
     )
     assert one == two
     assert reason_of(DataError("d, row 2: invalid JSON. x"), "d, row 2") == "invalid JSON"
+    assert reason_of(DataError("d, row 2: half of it at 5. Save it."), "d, row 2") == "half of it at N"
+    assert reason_of(DataError("d, row 2: '../a' leads outside the file's folder, '/x y'. Copy it."), "d, row 2") == (
+        "'…' leads outside the file's folder, '…'"
+    )
 
 
 # --- held out ---------------------------------------------------------------------------------------------------------

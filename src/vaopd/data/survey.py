@@ -151,8 +151,8 @@ def reason_of(error: DataError, where: str) -> str:
     """What is wrong, without which row, name or number it is wrong with: equal for rows that are wrong alike."""
     text = str(error).removeprefix(where).lstrip(":, ")
     text = re.sub(r"^example '.*?'[:,] ", "", text)
-    text = re.sub(r"(field )?'[^']*'", lambda quoted: quoted[0] if quoted[1] else "'…'", text)
-    return re.sub(r"\d[\d,.]*", "N", text).partition(". ")[0].rstrip(".")
+    text = re.sub(r"(field )?(?<!\w)'[^']*'", lambda quoted: quoted[0] if quoted[1] else "'…'", text)
+    return re.sub(r"\d+(?:[.,]\d+)*", "N", text).partition(". ")[0].rstrip(".")
 
 
 def _look(row: Example | DataError, where: str) -> _Seen | DataError:

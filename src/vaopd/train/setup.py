@@ -135,19 +135,18 @@ def weighting_of(config: RunConfig, step: int) -> core.Weighting:
 
 
 def row_check(config: RunConfig, sources: Sequence[Source | None], renderer: Renderer) -> RowCheck:
-    """What a row must pass beside being read: that it can be rendered, that prompt and answer are no longer than the models were made for,
-    and that a solution which is learnt from can be written.
+    """What a row must pass beside being read: it can be rendered, is no longer than the models were made for, and has a solution that can
+    be written where the method learns from it.
     """
     limits = [(getattr(source.config.get_text_config(), "max_position_embeddings", None), source.name) for source in sources if source]
     limit, name = min(((limit, name) for limit, name in limits if limit), default=(None, ""))
-    longest = config.rollouts.max_tokens
 
     def check(example: Example, sizes: Sequence[Size]) -> int:
         tokens = renderer.prompt_tokens(example, sizes)
-        if limit and tokens + longest > limit:
+        if limit and tokens > limit:
             raise DataError(
-                f"field 'problem': with its pictures it has {tokens:,} tokens, and with rollouts.max_tokens {longest:,} that is more than "
-                f"the {limit:,} that {name} was made for. Shorten it, or lower data.max_pixels or rollouts.max_tokens."
+                f"field 'problem': with its pictures it has {tokens:,} tokens, more than the {limit:,} that {name} was made for. "
+                "Shorten it, or lower data.max_pixels."
             )
         if config.method.off_policy and example.solution is not None:
             try:
