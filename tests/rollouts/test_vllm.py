@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vaopd.models.forward import rows
 from vaopd.models.load import control_ids
 from vaopd.rollouts import vllm_server
 from vaopd.rollouts.hf import HFEngine, Sampling, rollout_seed
-from vaopd.rollouts.vllm import VLLMEngine
+from vaopd.rollouts.vllm import VLLMEngine, check_vllm
 from vaopd.rollouts.vllm_server import Server
 from vaopd.rollouts.vllm_wire import EngineError, forbidden_ids, pack, quoted, request
 from vaopd.train.folder import read_rows
@@ -432,6 +433,20 @@ def test_what_is_not_supported_is_refused(recipe: Callable[..., RunConfig], chan
     values = recipe(rollouts={"engine": "vllm"}).model_dump(mode="json", exclude_none=True)
     with pytest.raises(ConfigError, match=message):
         parse_config(values | changes)
+
+
+def test_other_families_and_several_processes_are_refused(
+    recipe: Callable[..., RunConfig], pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(rollouts={"engine": "vllm"})
+    check_vllm(config, pair.source)
+    settings = copy.deepcopy(pair.source.config)
+    settings.model_type = "gemma3"
+    with pytest.raises(ConfigError, match=r"written for qwen2_5_vl.*of type 'gemma3'.*engine: hf"):
+        check_vllm(config, replace(pair.source, config=settings))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one training process, found 2"):
+        check_vllm(config, pair.source)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +24,14 @@ SIDE_BY_SIDE = 32  # prompts that are asked for at once
 
 
 def check_vllm(config: RunConfig, source: Source) -> None:
-    """Refuses a student whose images can't be sent. Raises ConfigError before any weight is loaded."""
+    """Refuses a student whose images can't be sent, and several processes. Raises ConfigError before any weight is loaded."""
     if source.config.model_type not in FAMILIES:
         raise ConfigError(
             f"rollouts.engine: vllm is written for {', '.join(FAMILIES)}; {source.name} is of type '{source.config.model_type}'. "
             "Use rollouts.engine: hf"
         )
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # as torchrun and `accelerate launch` tell it
+        raise ConfigError(f"rollouts.engine: vllm is written for one training process, found {processes}. Use rollouts.engine: hf")
 
 
 class VLLMEngine:
