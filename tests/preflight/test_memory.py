@@ -45,7 +45,10 @@ CASES = [
     Case("rows", "training", {"forward": "rows"}),
     Case("large vocabulary", "training", words=30_000, layers=2),
     Case(
-        "many rollouts", "rollouts", {"rollouts": {"k": 16, "top_p": 0.9}, "optim": {"tokens_per_forward": 100}, "lora": {"rank": 4}}, 8_000
+        "many rollouts",
+        "rollouts",
+        {"rollouts": {"k": 16, "top_p": 0.9}, "optim": {"tokens_per_forward": 400, "steps": 1}, "lora": {"rank": 4}},
+        8_000,
     ),
 ]
 
