@@ -399,7 +399,7 @@ def _show_gradients(found: Mapping[str, Mapping[str, Any]]) -> None:
 def show_benchmarks(result: Mapping[str, Any]) -> None:
     """The table of the benchmarks, and the paper's two means where all of their benchmarks are there."""
     rows = {
-        name: [f"{entry['mean']:.1f} ± {entry['se']:.1f}", str(entry["n"]), _percent(entry["truncated"]), entry["rule"]]
+        name: [f"{entry['mean']:.1f} ± {_number(entry['se'], 1)}", str(entry["n"]), _percent(entry["truncated"]), entry["rule"]]
         for name, entry in result["benchmarks"].items()
     }
     rows |= {name: [f"{group['mean']:.1f} ± {group['se']:.1f}", "", "", "mean of the above"] for name, group in result["groups"].items()}

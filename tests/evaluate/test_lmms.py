@@ -25,7 +25,7 @@ def runs(monkeypatch):
     """In the place of lmms-eval: sample j has its first j questions of four right. Names what was run."""
     ran = []
 
-    def run(folder, benchmark, settings, number, **_):
+    def run(*, folder, benchmark, settings, number, **_):
         ran.append((benchmark.name, number, settings))
         made = result(*[i < number for i in range(4)], answers=f"{benchmark.name} {number}", truncated=0.5)
         folder.mkdir(parents=True)

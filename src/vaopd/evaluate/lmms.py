@@ -8,14 +8,15 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from vaopd.errors import ConfigError, EvaluationError, ModelError
 from vaopd.evaluate.lmms_benchmarks import BENCHMARKS, VERSION, Benchmark, average, chosen, score, standard_error
-from vaopd.evaluate.lmms_judge import Judge, Relay, relay
+from vaopd.evaluate.lmms_judge import Judge, relay
 from vaopd.evaluate.lmms_run import OURS, Result, Settings, finished, run, versions
 from vaopd.models.load import BUILTIN, locate
 
@@ -68,33 +69,16 @@ def evaluate_benchmarks(
         say(text)
     settings = {b.name: replace(common, task=b.task, judge=judge.model if judge and b.judged else None) for b in benchmarks}
     results = {b.name: [finished(_folder(out, b, j), settings[b.name]) for j in range(1, k + 1)] for b in benchmarks}
-    done, total = sum(r is not None for rs in results.values() for r in rs), k * len(benchmarks)
+    done = sum(r is not None for rs in results.values() for r in rs)
     if done:
-        say(f"{done} of {total} samples are there already")
+        say(f"{done} of {k * len(benchmarks)} samples are there already")
+    progress = _Progress(done, k * len(benchmarks), on_progress)
     entries: dict[str, Any] = {}
     with relay(judge) if judge and any(b.judged for b in benchmarks) else nullcontext() as channel:
-        for benchmark in benchmarks:
-            mine = results[benchmark.name]
-            for number in range(1, k + 1):
-                name = f"{benchmark.name} {number}/{k}"
-                on_progress(done, total, name)
-                if mine[number - 1] is None:
-                    mine[number - 1] = run(
-                        _folder(out, benchmark, number),
-                        benchmark,
-                        settings[benchmark.name],
-                        number,
-                        python=interpreter,
-                        include=_include(benchmark, include),
-                        rows=rows,
-                        judge=_needed(channel, benchmark),
-                        on_progress=lambda text, at=done, name=name: on_progress(at, total, f"{name}, {text}"),  # type: ignore[misc]
-                    )
-                    done += 1
-                if warning := check_drawn(benchmark, [result for result in mine[:number] if result], limit):
-                    say(warning)
-            entries[benchmark.name] = summary(benchmark, [result for result in mine if result], settings[benchmark.name])
-            on_progress(done, total, "")
+        for b in benchmarks:
+            own = partial(run, benchmark=b, settings=settings[b.name], python=interpreter, include=_include(b, include), rows=rows)
+            drawn = _complete(b, results[b.name], out, partial(own, judge=channel if b.judged else None), limit, say, progress)
+            entries[b.name] = summary(b, drawn, settings[b.name])
     for name, entry in entries.items():
         if (entry["truncated"] or 0) > MANY_TRUNCATED:
             say(f"{name}: {100 * entry['truncated']:.0f} % of the responses were cut at {max_tokens} tokens; raise --max-tokens")
@@ -119,12 +103,49 @@ def evaluate_benchmarks(
     return result
 
 
+@dataclass
+class _Progress:
+    """Samples done, of how many; `show` is told with what is running."""
+
+    done: int
+    of: int
+    show: Callable[[int, int, str], None]
+
+    def tell(self, name: str, text: str = "") -> None:
+        self.show(self.done, self.of, f"{name}, {text}" if text else name)
+
+
+def _complete(
+    benchmark: Benchmark,
+    there: Sequence[Result | None],
+    out: Path,
+    run_sample: Callable[..., Result],
+    limit: int | None,
+    say: Say,
+    progress: _Progress,
+) -> list[Result]:
+    """The samples that are there, and those that are missing, run now."""
+    drawn: list[Result] = []
+    for number, result in enumerate(there, 1):
+        if result is None:
+            tell = partial(progress.tell, f"{benchmark.name} {number}/{len(there)}")
+            tell()
+            result = run_sample(folder=_folder(out, benchmark, number), number=number, on_progress=tell)
+            progress.done += 1
+            progress.tell("")
+        drawn.append(result)
+        if warning := check_drawn(benchmark, drawn, limit):
+            say(warning)
+    return drawn
+
+
 def summary(benchmark: Benchmark, results: Sequence[Result], settings: Settings) -> dict[str, Any]:
     """avg@k of one benchmark with its standard error over clusters of questions, in percent."""
     parts = average([result.parts for result in results])
+    error = standard_error(parts)
     return {
         "mean": score(parts),
-        "se": standard_error(parts),
+        "se": None if math.isnan(error) else error,  # of one question nothing is known
         "n": results[0].questions,
         "samples": [result.score for result in results],
         "rule": benchmark.rule,
@@ -149,7 +170,7 @@ def groups(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, floa
             "se": math.sqrt(sum(entries[name]["se"] ** 2 for name in names)) / len(names),
         }
         for group, names in members.items()
-        if all(name in entries for name in names)
+        if all(name in entries and entries[name]["se"] is not None for name in names)
     }
 
 
@@ -221,7 +242,3 @@ def _include(benchmark: Benchmark, include: Path | None) -> Path | None:
     if benchmark.ours:
         return Path(str(files("vaopd") / "evaluate" / "lmms_tasks"))
     return include.absolute() if include is not None and benchmark.name not in BENCHMARKS else None
-
-
-def _needed(channel: Relay | None, benchmark: Benchmark) -> Relay | None:
-    return channel if benchmark.judged else None

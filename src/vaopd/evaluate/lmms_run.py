@@ -92,7 +92,6 @@ def command(python: str, benchmark: Benchmark, settings: Settings, number: int, 
         "--gen_kwargs": f"temperature={settings.temperature},top_p=1.0,do_sample=True,max_new_tokens={settings.max_tokens},seed={seed}",
         "--seed": str(seed),
         "--output_path": "out",
-        "--process_docs_parallel": "1" if benchmark.ours else "4",
     }
     if settings.limit is not None:
         options["--limit"] = str(settings.limit)
