@@ -187,6 +187,9 @@ def make_run(
         "mass_curve": mass_curve(),
     }
     (folder / "eval.json").write_text(json.dumps(result), encoding="utf-8")
+    train = {"rows": 2060, "used": 2051, "skipped": {"image <b>missing</b>": 9}}
+    account = {"files": {"train": train, "test": {"rows": 320, "used": 320, "skipped": {}}}, "left_out": 3}
+    (folder / "data.json").write_text(json.dumps(account), encoding="utf-8")
     return folder
 
 

@@ -66,6 +66,9 @@ def test_a_run_shows_its_numbers(run_folder: Path, tmp_path: Path) -> None:
         "52.6 % of the distance to the teacher",
         "top 10 % of tokens: 91.8 % of the mass",
         "optim.lr 0.0001",
+        "Rows that were not used:",
+        "train: 9 × image <b>missing</b>",
+        "train: 3 × asks a held-out question",
     ):
         assert expected in text, expected
     for title in (
@@ -116,8 +119,8 @@ def test_a_torn_last_line_is_left_out_and_mentioned(new_run: Callable[..., Path]
         file.write('{"kind": "train", "step": 151, "lo')
     text = text_of(page_of(write_report(run)))
     assert "metrics.jsonl: the last line is torn" in text
-    assert "run steps steps not applied" in text
-    assert "own 150 0 0 0 1.0 % 1 min 15 s" in text
+    assert "run rows of data used steps steps not applied" in text
+    assert "own 2,371 of 2,380 ⚠ 150 0 0 0 1.0 % 1 min 15 s" in text
 
 
 def test_unreadable_and_repeated_rows_are_counted(tmp_path: Path) -> None:
@@ -211,7 +214,7 @@ def test_nonfinite_and_dropped_are_reported(new_run: Callable[..., Path]) -> Non
             row |= {"loss": float("nan")} if row["step"] == 12 else {}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = text_of(page_of(write_report(run)))
-    assert "own 150 2 (step 12, 57) ⚠ 1 ⚠ 2 ⚠ 1.0 %" in text
+    assert "own 2,371 of 2,380 ⚠ 150 2 (step 12, 57) ⚠ 1 ⚠ 2 ⚠ 1.0 %" in text
 
 
 def test_large_inputs_stay_under_the_limit_and_say_what_is_left_out(new_run: Callable[..., Path]) -> None:

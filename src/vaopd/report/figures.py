@@ -250,8 +250,11 @@ def health(run: Run) -> Json:
     where = f" (step {', '.join(map(str, bad[:4]))}{', …' if len(bad) > 4 else ''})" if bad else ""
     last = int(rows[-1]["step"]) if rows else 0
     share = sum(truncated) / len(truncated) if truncated else None
+    used, lost = rows_used(run.account)
     return {
         "name": label(run.name),
+        "rows": (used, bool(lost)),
+        "lost": lost,
         "steps": (f"{last:,}" + ("" if len(rows) >= last else f" ({last - len(rows)} not recorded)"), len(rows) < last),
         "nonfinite": (f"{len(bad)}{where}", bool(bad)),
         "empty": (f"{total(rows, 'empty'):,.0f}", total(rows, "empty") > 0),
@@ -259,6 +262,22 @@ def health(run: Run) -> Json:
         "truncated": (percent(share) + ("" if share is None else " %"), (share or 0) > 0.1),
         "time": (f"{duration(seconds)}" + (f", {seconds / len(rows):.2g} s a step" if rows else ""), False),
     }
+
+
+def rows_used(account: Json) -> tuple[str, list[str]]:
+    """How many rows of the data files were used, and for which reasons the others were not, from data.json."""
+    files = records(account.get("files"))
+    rows, used = (sum(number(entry.get(key)) or 0 for entry in files.values()) for key in ("rows", "used"))
+    lost = [f"{name}: {number(count) or 0:,.0f} × {visible(clip(reason, 200))}" for name, f in files.items() for reason, count in skips(f)]
+    if left_out := number(account.get("left_out")):
+        lost.append(f"train: {left_out:,.0f} × asks a held-out question with the same pictures")
+    return (f"{used:,.0f} of {rows:,.0f}" if files else "–"), lost
+
+
+def skips(file: Json) -> list[tuple[str, object]]:
+    """Reason and rows of what was skipped in one data file."""
+    found = file.get("skipped")
+    return [(str(reason), count) for reason, count in found.items()] if isinstance(found, dict) else []
 
 
 def all_models(runs: Sequence[Run], summary: Json) -> dict[str, Json]:

@@ -48,6 +48,7 @@ class Run:
     last: Evaluation | None = None  # of the last one; None if there is only one
     sampled_steps: int = 0  # evaluations that samples.jsonl holds
     result: Json = field(default_factory=dict)  # eval.json
+    account: Json = field(default_factory=dict)  # data.json
     notes: tuple[str, ...] = ()
 
     @property
@@ -189,6 +190,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         last=sampled[-1] if len(sampled) > 1 else None,
         sampled_steps=len(sampled),
         result=read_result(path / "eval.json", notes),
+        account=read_result(path / "data.json", notes),
         notes=tuple(notes),
     )
 
