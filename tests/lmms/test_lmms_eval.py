@@ -127,7 +127,7 @@ def test_the_built_in_world_from_the_command_line(tmp_path, monkeypatch, capsys)
     assert sum(a == b for a, b in zip(*texts, strict=True)) < 12
     assert result["tokens"] > 16
 
-    monkeypatch.setattr("vaopd.evaluate.lmms_run.subprocess.Popen", None)
+    monkeypatch.setattr("vaopd.evaluate.lmms.run", lambda **_: pytest.fail("a finished sample is run again"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as done:
         main()
