@@ -1,5 +1,6 @@
 """What a user sees who makes a mistake: one message, the right exit code, no traceback."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from vaopd import errors
 from vaopd.cli import main
 from vaopd.config import WorldConfig
 from vaopd.world.data import write_world
@@ -203,3 +205,10 @@ def test_python_dash_m_works_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, "-m", "vaopd", "--help"], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
     assert done.returncode == 0
     assert "study" in done.stdout
+
+
+def test_every_kind_of_mistake_has_an_exit_code_of_its_own() -> None:
+    """1 is that of any other; 2 is typer's too, for a mistake on the command line."""
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.VaopdError)]
+    codes = [kind.exit_code for kind in kinds]
+    assert sorted(codes) == list(range(1, len(kinds) + 1))

@@ -48,6 +48,18 @@ class EvaluationError(VaopdError):
     exit_code = 7
 
 
+class EngineError(VaopdError):
+    """A rollout server can't be reached, is set up otherwise than training needs, or answered something else than was asked."""
+
+    exit_code = 8
+
+
+class StudyFailed(VaopdError):
+    """A process of a study ended with an error."""
+
+    exit_code = 9
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)

@@ -12,10 +12,10 @@ import yaml
 from vaopd import cli, terminal
 from vaopd.analysis import study as study_module
 from vaopd.analysis.matrix import comparison_cells
-from vaopd.analysis.study import StudyFailed, foresee, plan, run_study
+from vaopd.analysis.study import foresee, plan, run_study
 from vaopd.config import WorldConfig, load_study
 from vaopd.data.sources import read_examples
-from vaopd.errors import ConfigError, DataError
+from vaopd.errors import ConfigError, DataError, StudyFailed
 from vaopd.report import write_report
 from vaopd.world.data import write_world
 

@@ -18,14 +18,14 @@ from safetensors import safe_open
 from small_pair import Pair
 from vaopd.config import RunConfig, parse_config
 from vaopd.core import Head, token_log_probs
-from vaopd.errors import ConfigError
+from vaopd.errors import ConfigError, EngineError
 from vaopd.models.forward import rows
 from vaopd.models.load import control_ids
 from vaopd.rollouts import vllm_server
 from vaopd.rollouts.hf import HFEngine, Sampling, rollout_seed
 from vaopd.rollouts.vllm import VLLMEngine, check_vllm
 from vaopd.rollouts.vllm_server import Server
-from vaopd.rollouts.vllm_wire import EngineError, forbidden_ids, pack, quoted, request
+from vaopd.rollouts.vllm_wire import forbidden_ids, pack, quoted, request
 from vaopd.train.folder import read_rows
 from vaopd.train.health import gap_warning
 from vaopd.train.loop import train

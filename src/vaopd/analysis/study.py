@@ -25,7 +25,7 @@ from vaopd.analysis.matrix import COMPARISON, Cell, Place, comparison_cells, dev
 from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, rates_of, tables
 from vaopd.config import RunConfig, StudyConfig
 from vaopd.data.sources import read_examples
-from vaopd.errors import ConfigError, DataError, VaopdError
+from vaopd.errors import ConfigError, DataError, StudyFailed
 from vaopd.evaluate.runner import gain
 from vaopd.train.folder import RunFolder, read_rows
 
@@ -53,12 +53,6 @@ class Baseline:
     role: str  # student | teacher
     place: Place
     cell: Cell  # any of those that it is the baseline of
-
-
-class StudyFailed(VaopdError):
-    """A process of the study ended with an error."""
-
-    exit_code = 7
 
 
 def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | None = None) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from vaopd.config import RunConfig
-from vaopd.errors import ConfigError
+from vaopd.errors import ConfigError, EngineError
 from vaopd.models.load import Source, control_ids
 from vaopd.rollouts.hf import Sampling
 from vaopd.rollouts.vllm_server import PAGE, SERVED, Server, serve_command, write_served
-from vaopd.rollouts.vllm_wire import EngineError, Rules, forbidden_ids, read_answer, request
+from vaopd.rollouts.vllm_wire import Rules, forbidden_ids, read_answer, request
 from vaopd.types import Group, Prompt
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # whose images' tensors are known in vLLM's format

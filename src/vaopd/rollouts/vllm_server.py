@@ -13,8 +13,9 @@ import httpx2
 import torch
 from torch import Tensor
 
+from vaopd.errors import EngineError
 from vaopd.models.load import save_model
-from vaopd.rollouts.vllm_wire import EngineError, quoted
+from vaopd.rollouts.vllm_wire import quoted
 
 WRITTEN_FOR = "0.32."  # the versions of vLLM whose request, tensors and flags these modules speak
 PATIENCE = 600.0  # seconds for one request: all siblings of a prompt, or one reload

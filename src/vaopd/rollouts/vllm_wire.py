@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from vaopd.errors import VaopdError
+from vaopd.errors import EngineError
 from vaopd.models.forward import view_images
 from vaopd.rollouts.hf import Sampling, rollout_seed
 from vaopd.types import ORIGINAL, Group, Prompt
@@ -28,12 +28,6 @@ FORBIDDEN = -1e9  # added to a logit: its probability is then 0 in fp32
 MOST_FORBIDDEN = 1024  # as many biases as vLLM takes (MAX_NUM_LOGIT_BIAS_TOKENS)
 SHOWN = 300  # characters of a server's text in a message
 RAW = 3  # vLLM's msgpack extension for a tensor's bytes
-
-
-class EngineError(VaopdError):
-    """A rollout server can't be reached, is set up otherwise than training needs, or answered something else than was asked."""
-
-    exit_code = 8
 
 
 @dataclass(frozen=True)
