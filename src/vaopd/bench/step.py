@@ -49,7 +49,7 @@ def package_step(setting: Setting, views: Sequence[str]) -> Tensor:
     a_N = advantages(setting.groups, scores, weighting, DEADBAND)
     c_N = token_coefficients(a_N, *layout(setting.groups), weighting)
     hidden_NG = torch.cat([score.hidden_NG for score in scores])
-    loss, _ = student(setting.groups, hidden_NG, teacher.head, c_N, float(len(setting.groups)))
+    loss, _, _ = student(setting.groups, hidden_NG, teacher.head, c_N, float(len(setting.groups)))
     loss.backward()
     return loss.detach()
 
