@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from small_pair import Pair, example, make_group, picture
-from vaopd.analysis.gradients import WEIGHTINGS, _accuracy_gradient, _across, _cosine, gradient_probe
+from vaopd.analysis.gradients import WEIGHTINGS, _accuracy_gradient, _across, _Batch, _cosine, _summary, gradient_probe
 from vaopd.core import OPD, TokenOnly, token_log_probs
 from vaopd.models.forward import head_of, rows
 from vaopd.teachers.local import LocalTeacher
@@ -76,6 +76,24 @@ def test_the_accuracy_gradient_is_that_of_the_right_siblings_over_the_others(pai
     found = _accuracy_gradient(model, rows(model, groups[:1], ORIGINAL), head, groups[:1], [[1.0, 0.0, 0.0]])
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert float(expected.norm()) > 0
+
+
+def test_a_step_down_the_gradient_is_compared_with_a_step_up_the_accuracy() -> None:
+    """Accuracy rises along (-1, 0): a loss of gradient (1, 0) leads there, one of (-1, 0) away, and OPD's own is at 45° to it."""
+    up, diagonal = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 1.0])
+    for gradient, expected in (((1.0, 0.0), 1.0), ((-1.0, 0.0), -1.0), ((0.0, 1.0), 0.0)):
+        batches = [_Batch({"opd": diagonal, "mine": torch.tensor(gradient)}, {"opd": {}, "mine": {}}, up)] * 2
+        found = _summary(batches, "mine")
+        assert found["cosine_accuracy"] == pytest.approx(expected)
+        assert found["cosine_opd"] == pytest.approx(sum(gradient) / 2**0.5)
+        assert (found["norm"], found["signal"]) == (1, 1)
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_divide_by() -> None:
+    found = _summary([_Batch({"opd": torch.zeros(2)}, {"opd": {("word", "unmoved"): 0.0}}, None)] * 2, "opd")
+    assert found["norm"] == 0
+    assert {found[key] for key in ("signal", "cosine_opd", "cosine_accuracy")} == {None}
+    assert set(found["classes"].values()) == set(found["directions"].values()) == {None}
 
 
 def test_products_across_batches_leave_the_noise_out() -> None:

@@ -235,6 +235,13 @@ def test_all_probes_of_a_folder(pair: Pair, data: dict[str, str]) -> None:
     assert set(result["reliance"]) == {"seeing", "degraded", "removed", "lost_degraded", "lost_removed"}
 
 
+def test_gradients_need_a_question_for_each_batch(pair: Pair, data: dict[str, str]) -> None:
+    """Said before anything is sampled: the three questions of the file are fewer than the eight batches."""
+    student = loaded(pair, "student")
+    with pytest.raises(DataError, match="8 batches of questions, but only 3 have a picture"):
+        probe(student, student, read_examples(data["eval"]), **options(gradients=True))
+
+
 def test_gradients_are_measured_on_request(pair: Pair, data: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vaopd.analysis.gradients.BATCHES", 3)
     student, teacher = loaded(pair, "student"), loaded(pair, "teacher")

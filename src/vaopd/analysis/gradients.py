@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vaopd.analysis.probes import CLASSES
 from vaopd.core import OPD, VAOPD, Head, RolloutOnly, TokenOnly, Weighting, advantage_for, token_coefficients, token_log_probs
 from vaopd.core import fused_weighted_divergence as divergence
+from vaopd.errors import DataError
 from vaopd.models.forward import head_of
 from vaopd.train.step import layout
 from vaopd.types import DEGRADED, ORIGINAL, Group, ResponseForward, Teacher
@@ -41,6 +42,12 @@ class _Batch:
     total: dict[str, Tensor]  # weighting -> gradient
     shares: dict[str, dict[tuple[str, str], float]]  # weighting -> (class, direction) -> inner product of the part and the total
     accuracy: Tensor | None
+
+
+def check_questions(count: int, which: str) -> None:
+    """Raises DataError where there are fewer than batches."""
+    if count < BATCHES:
+        raise DataError(f"--gradients compares {BATCHES} batches of questions, but only {count} {which}. Give more, or leave it out")
 
 
 def gradient_probe(
@@ -68,7 +75,7 @@ def gradient_probe(
         weighting -> `norm`; `signal`, the part of a batch's squared norm that other batches agree on (1: no noise); `cosine_opd` with the
         gradient of OPD and `cosine_accuracy` of its descent with the gradient of the expected accuracy, both without the noise, so that
         little data may give more than 1; and by `classes` and by `directions` the share of the squared norm (sums to 1; negative: that
-        part pulls the other way). Entries are None where the noise leaves nothing to divide by.
+        part pulls the other way). Entries are None where the noise, or a student that equals its teacher, leaves nothing to divide by.
 
     Raises:
         ValueError: fewer groups than batches, or fewer than two batches.
@@ -161,18 +168,19 @@ def _summary(measured: Sequence[_Batch], name: str) -> dict[str, Any]:
     own = torch.stack([batch.total[name] for batch in measured])
     opd = torch.stack([batch.total["opd"] for batch in measured])
     accuracy = [batch.accuracy for batch in measured if batch.accuracy is not None]
-    norms = float(own.square().sum(1).mean())
-    shares: dict[tuple[str, str], float] = {}
-    for batch in measured:
-        for part, value in batch.shares[name].items():
-            shares[part] = shares.get(part, 0.0) + value / (norms * len(measured))
+    norm = float(own.square().sum(1).mean())  # 0: the student equals the teacher on every token
+
+    def share(index: int, wanted: str) -> float | None:
+        found = sum(value for batch in measured for part, value in batch.shares[name].items() if part[index] == wanted)
+        return found / (norm * len(measured)) if norm else None
+
     return {
         "norm": float(own.mean(0).norm()),
-        "signal": _across(own, own) / norms,
+        "signal": _across(own, own) / norm if norm else None,
         "cosine_opd": _cosine(own, opd),
         "cosine_accuracy": _cosine(-own, torch.stack(accuracy)) if accuracy else None,
-        "classes": {c: sum(v for (own_class, _), v in shares.items() if own_class == c) for c in CLASSES},
-        "directions": {d: sum(v for (_, direction), v in shares.items() if direction == d) for d in DIRECTIONS},
+        "classes": {c: share(0, c) for c in CLASSES},
+        "directions": {d: share(1, d) for d in DIRECTIONS},
     }
 
 

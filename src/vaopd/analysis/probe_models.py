@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaopd.analysis.gradients import gradient_probe
+from vaopd.analysis.gradients import check_questions, gradient_probe
 from vaopd.analysis.probes import (
     by_class,
     effective,
@@ -113,11 +113,13 @@ def probe(
         the JSON that docs/probes.md describes.
 
     Raises:
-        DataError: no question has a picture, or the student gives no response with a token.
+        DataError: no question has a picture, or too few for `gradients`, or the student gives no response with a token.
     """
     asked = [example for example in examples if example.images]
     if not asked:
         raise DataError("no question has a picture, so nothing can depend on one. Give data with images")
+    if gradients:
+        check_questions(len(asked), "have a picture")
     graded = all(example.answer is not None for example in asked)
     conditions = CONDITIONS if graded else CONDITIONS[:1]
     parts = len(conditions) + 1 + bool(views) + gradients
@@ -153,6 +155,7 @@ def probe(
 def _gradients(student: Loaded, teacher: Loaded, answers: Answers, deadband: float) -> dict[str, Any]:
     """Of the questions of which every response has a token: others would compare fewer siblings."""
     whole = [index for index, group in enumerate(answers.groups) if all(group.lengths)]
+    check_questions(len(whole), "were answered by every sample")
     groups = [answers.groups[index] for index in whole]
     pieces = token_pieces(student.source.processor.tokenizer)
     classes = [token_class(text) for group in groups for response in group.responses for text in pieces(response)]
