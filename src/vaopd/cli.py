@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -41,6 +42,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except VaopdError as error:
@@ -49,6 +51,11 @@ def main() -> None:
     except KeyboardInterrupt:
         terminal.error("interrupted; go on with --resume")
         sys.exit(130)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """Let what is being done be undone: a study ends its processes. A run goes on from its last checkpoint."""
+    sys.exit(128 + number)
 
 
 @app.command()

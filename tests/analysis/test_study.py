@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +19,9 @@ from vaopd.analysis.matrix import comparison_cells
 from vaopd.analysis.study import foresee, plan, run_study
 from vaopd.config import WorldConfig, load_study
 from vaopd.data.sources import read_examples
-from vaopd.errors import ConfigError, DataError, StudyFailed
+from vaopd.errors import CheckpointError, ConfigError, DataError, StudyFailed
 from vaopd.report import write_report
+from vaopd.train.folder import RunFolder
 from vaopd.world.data import write_world
 
 RECIPE = {
@@ -184,6 +189,25 @@ def test_a_failing_cell_ends_the_study_with_the_end_of_its_output(tmp_path):
     (study.run / "data" / "train.jsonl").write_text('{"problm": "x"}\n')
     with pytest.raises(StudyFailed, match="Did you mean 'problem'"):
         run_study(study, on_progress=lambda now: None, workers=1)
+
+
+def test_a_study_that_is_stopped_stops_its_processes(tmp_path):
+    """Else the same command, given again, would start a cell that still runs."""
+    path = study_file(tmp_path, recipe={**RECIPE, "optim": {"prompts_per_step": 4, "steps": 5000}, "eval": {"every": 5000, "k": 1}})
+    command = [sys.executable, "-m", "vaopd", "study", str(path), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        metrics, until = tmp_path / "study" / "opd" / "metrics.jsonl", time.monotonic() + 120
+        while not metrics.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        with pytest.raises(CheckpointError, match="another process is writing"), RunFolder(metrics.parent).claimed():
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+        with RunFolder(metrics.parent).claimed():  # nobody has it any more
+            pass
+    finally:
+        process.kill()
 
 
 def test_results_of_another_recipe_are_not_mixed_in(tmp_path):

@@ -24,7 +24,7 @@ from vaopd.models.load import load_model, open_source
 from vaopd.rollouts.given import GivenEngine
 from vaopd.teachers.local import LocalTeacher
 from vaopd.train import checkpoint, loop
-from vaopd.train.folder import read_rows
+from vaopd.train.folder import RunFolder, read_rows
 from vaopd.train.loop import Progress, train
 from vaopd.train.schedule import learning_rate
 from vaopd.train.setup import set_up, weighting_of
@@ -630,3 +630,10 @@ def test_a_step_is_given_its_own_weighting(recipe: Callable[..., RunConfig], mon
 def test_a_question_that_is_trained_on_can_not_be_held_out(recipe: Callable[..., RunConfig], data: dict[str, str]) -> None:
     with pytest.raises(DataError):
         train(recipe(data={"eval": data["train"]}))
+
+
+def test_two_processes_do_not_write_to_one_folder(recipe: Callable[..., RunConfig]) -> None:
+    config = recipe()
+    with RunFolder(config.run).claimed(), pytest.raises(CheckpointError, match="another process is writing"):
+        train(config)
+    train(config)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,27 @@ class RunFolder:
         """Create the folder and write the resolved recipe."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_text(RECIPE, config_yaml)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Inside, no other process of this machine writes to the folder. The claim ends with the process, however it ends.
+
+        Raises:
+            CheckpointError: another process has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise CheckpointError(
+                f"another process is writing to {self.path}. Wait for it, or stop it; or give another folder: --set run=FOLDER"
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`: a resumed run writes them again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,21 +47,23 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress | None 
 
     Raises:
         ConfigError, DataError, ModelError: something in the recipe can't work; nothing was trained.
-        CheckpointError: the folder has a run already, there is none to resume or it had another recipe, or no checkpoint is whole.
+        CheckpointError: the folder has a run already, there is none to resume or it had another recipe, no checkpoint is whole, or another
+            process is writing to it.
         TrainingStopped: three steps in a row were not finite.
     """
     progress = progress or Progress()
     RunFolder(config.run).check(config, resume=resume)
     run = set_up(config, on_check=progress.on_check)
-    start = _resume(run) if resume else _start(run)
-    run.folder.write_json(ACCOUNT, run.account)
-    _measure_noise(run, progress)
-    with trackers.tracked(run.tools.accelerator, run.folder) as places:
-        for place in places:
-            progress.on_check(place)
-        _go_on(run, start, progress)
-        progress.on_peak(peak_memory(run.student.device))
-        _finish(run, progress)
+    with run.folder.claimed() if run.tools.accelerator.is_main_process else nullcontext():
+        start = _resume(run) if resume else _start(run)
+        run.folder.write_json(ACCOUNT, run.account)
+        _measure_noise(run, progress)
+        with trackers.tracked(run.tools.accelerator, run.folder) as places:
+            for place in places:
+                progress.on_check(place)
+            _go_on(run, start, progress)
+            progress.on_peak(peak_memory(run.student.device))
+            _finish(run, progress)
     return run.folder.path
 
 
