@@ -223,6 +223,7 @@ def first_answer(answer: dict[str, Any], ids: list[int], reason: str) -> None:
         ([200, 301, 200], "stop", "an end of the response before the last one"),
         ([300, 0, 300, 300, 300, 300, 300, 300], "length", r"control ids \[0\]"),
         ([300, -1, 300, 300, 300, 300, 300, 300], "length", r"control ids \[-1\]"),
+        ([300, 10**6, 300, 300, 300, 300, 300, 300], "length", r"\[1000000\], or ids beyond the LM head"),
     ],
 )
 def test_ends_lengths_and_control_ids_are_checked(
@@ -298,14 +299,14 @@ def test_without_a_server_the_message_has_the_line_that_starts_one(pair: Pair, t
     with serving(FakeVLLM(None, 0)) as gone:
         pass
     with pytest.raises(EngineError) as caught:
-        VLLMEngine(pair.student, pair.source, SAMPLING, url=gone, run=tmp_path / "run")
+        VLLMEngine(pair.student, pair.source, SAMPLING, url=gone, run=tmp_path / "my run")  # a space, as a shell takes it
     port = gone.rpartition(":")[2]
     assert str(caught.value).splitlines()[-1].strip() == (
-        f"VLLM_SERVER_DEV_MODE=1 vllm serve {tmp_path}/run/served --host 127.0.0.1 --port {port} --dtype float32 --max-model-len "
+        f"VLLM_SERVER_DEV_MODE=1 vllm serve '{tmp_path}/my run/served' --host 127.0.0.1 --port {port} --dtype float32 --max-model-len "
         f"{8 + 4096 if (limit := pair.source.config.text_config.max_position_embeddings) > 4104 else limit} --enable-scale-out "
         "--no-mm-device-do-normalize"
     )
-    assert (tmp_path / "run" / "served" / "model.safetensors").exists()
+    assert (tmp_path / "my run" / "served" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,12 @@ class VLLMEngine:
         self.model, self.processor, self.folder = model, source.processor, run / SERVED
         self.dtype = torch.bfloat16 if sampling.bf16 else torch.float32
         self.server = Server(url)
+        rows = model.get_output_embeddings().weight.shape[0]
         self.rules = Rules(
             sampling,
             source.eos_ids,
-            forbidden_ids(control_ids(source), source.vocab_size, model.get_output_embeddings().weight.shape[0]),
+            rows,
+            forbidden_ids(control_ids(source), source.vocab_size, rows),
             source.config.image_token_id,
             source.processor.image_processor.merge_size,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def serve_command(folder: Path, url: str, dtype: torch.dtype, max_tokens: int, c
     address = urlsplit(url)
     length = min(max_tokens + LONGEST_PROMPT, context or max_tokens + LONGEST_PROMPT)
     return (
-        f"VLLM_SERVER_DEV_MODE=1 vllm serve {folder.absolute()} --host {address.hostname} --port {address.port or 80} "
+        f"VLLM_SERVER_DEV_MODE=1 vllm serve {shlex.quote(str(folder.absolute()))} --host {address.hostname} --port {address.port or 80} "
         f"--dtype {_name(dtype)} --max-model-len {length} --enable-scale-out --no-mm-device-do-normalize"
     )
 

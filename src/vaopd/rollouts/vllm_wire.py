@@ -36,6 +36,7 @@ class Rules:
 
     sampling: Sampling
     eos_ids: frozenset[int]
+    rows: int  # of the LM head: ids are below it
     forbidden_ids: frozenset[int]  # never sampled, as the rows of the LM head that pad the vocabulary
     image_id: int  # the placeholder's
     merge: int  # side of the square of patches that becomes one placeholder
@@ -220,8 +221,8 @@ def _problem(choice: _Choice, rules: Rules, version: str) -> str | None:
         return f"the server ended it for {quoted(choice.finish_reason)}"
     if not ended and len(ids) < limit:
         return f"it was cut at {len(ids)} of {limit} tokens. Start the server with a larger --max-model-len, or lower rollouts.max_tokens"
-    if wrong := sorted(index for index in set(ids) if index < 0 or index in rules.forbidden_ids):
-        return f"it has the control ids {wrong[:5]}, which were not to be sampled"
+    if wrong := sorted(index for index in set(ids) if not 0 <= index < rules.rows or index in rules.forbidden_ids):
+        return f"it has the control ids {wrong[:5]}, or ids beyond the LM head's {rules.rows}, which were not to be sampled"
     if [token.token_id for token in choice.logprobs.content] != ids or not all(math.isfinite(logp) and logp <= 0 for logp in stated):
         return f"{len(ids)} tokens, but not a log-probability for each of them"
     return None
