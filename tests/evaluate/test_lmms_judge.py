@@ -1,6 +1,8 @@
 """The relay between lmms-eval and the judge: what it puts in, what it counts, whom it answers."""
 
 import json
+import socket
+import threading
 import urllib.error
 import urllib.request
 
@@ -76,7 +78,44 @@ def test_options(monkeypatch):
         (None, "m", "both"),
         ("judge.example/v1", "m", "no http"),
         ("https://user:pass-word@judge.example/v1", "m", "secret in it"),
+        ("http://judge.example:80a/v1", "m", "no http"),
+        ("http://[::1/pass-word", "m", "no http"),
+        ("http://judge.example/v1 pass-word", "m", "no http"),
     ):
         with pytest.raises(ConfigError, match=says) as error:
             Judge.from_options(url, model)
         assert "pass-word" not in str(error.value)
+
+
+@pytest.mark.parametrize("status_line", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{"])
+def test_a_judge_that_breaks_off_is_asked_again_and_counted(status_line):
+    """lmms-eval would count a lost answer as a wrong one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(lmms_judge.ATTEMPTS):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(status_line)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        judge = Judge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "judge-8b")
+        with relay(judge) as channel, pytest.raises(urllib.error.HTTPError) as refused:
+            post(channel.url, channel.token)
+        thread.join(timeout=20)
+    assert refused.value.code == 400
+    assert len(channel.failures) == 1
+    assert not thread.is_alive()
+
+
+def test_a_key_with_a_line_end_is_the_key_and_one_with_more_is_refused_unshown(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-value\n")
+    judge = Judge.from_options("http://127.0.0.1/v1", "m", "MY_KEY")
+    assert judge is not None
+    assert judge.key == "secret-value"
+    monkeypatch.setenv("MY_KEY", "secret-value\nX-Header: 1")
+    with pytest.raises(ConfigError, match="MY_KEY has signs") as error:
+        Judge.from_options("http://127.0.0.1/v1", "m", "MY_KEY")
+    assert "secret-value" not in str(error.value)

@@ -63,6 +63,17 @@ def test_no_judge_of_the_users_shell_is_asked(monkeypatch):
     assert alone["HF_HOME"] == "/data/hf"
 
 
+def test_the_relay_is_asked_past_a_proxy_and_the_judges_key_stays_here(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "hub.example")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("MY_KEY", "the-judges-key\n")
+    found = environment(Relay("http://127.0.0.1:1234/v1/chat/completions", "token"), "the-judges-key")
+    assert found["NO_PROXY"] == found["no_proxy"] == "127.0.0.1,hub.example"
+    assert found["HTTP_PROXY"] == "http://proxy.example:3128"
+    assert "MY_KEY" not in found
+
+
 def test_a_score_is_believed_when_lmms_eval_has_the_same():
     samples = [sample(0, 1, tokens=128), sample(1, 0), sample(2, 1), sample(3, 1)]
     result = graded(AI2D, SETTINGS, {"exact_match,flexible-extract": 0.75}, samples, judged=0)
@@ -84,6 +95,13 @@ def test_an_answer_that_failed_is_no_answer():
     samples = [sample(0, 1), sample(1, 0, text="[LMMS_EVAL_REQUEST_FAILED after 5 retries] Connection error.")]
     with pytest.raises(EvaluationError, match=r"ai2d: 1 of 2 answers failed.*Connection error"):
         graded(AI2D, SETTINGS, {"exact_match,none": 0.5}, samples, judged=0)
+
+
+def test_a_part_of_the_score_without_a_question_is_said():
+    """WeMath's score is over problems of several steps, and the first questions may have none."""
+    samples = [{"doc_id": 0, "wemath_loose": {"key": "1steps", "ID": 0, "acc_score": 1.0}, "filtered_resps": ["A"]}]
+    with pytest.raises(EvaluationError, match="wemath: none of its 1 questions counts"):
+        graded(BENCHMARKS["wemath"], replace(SETTINGS, limit=1), {}, samples, judged=0)
 
 
 def test_samples_of_another_version_are_refused():
@@ -152,6 +170,9 @@ def test_a_sample_of_other_settings_is_not_mixed_in(tmp_path, monkeypatch):
         finished(tmp_path / "s", replace(SETTINGS, weights="def"))
     (tmp_path / "s" / "sample.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
+        finished(tmp_path / "s", SETTINGS)
+    (tmp_path / "s" / "sample.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no sample\.json. Delete the folder"):  # the new one could not take its place
         finished(tmp_path / "s", SETTINGS)
 
 

@@ -77,7 +77,8 @@ def evaluate_benchmarks(
     with relay(judge) if judge and any(b.judged for b in benchmarks) else nullcontext() as channel:
         for b in benchmarks:
             own = partial(run, benchmark=b, settings=settings[b.name], python=interpreter, include=_include(b, include), rows=rows)
-            drawn = _complete(b, results[b.name], out, partial(own, judge=channel if b.judged else None), limit, say, progress)
+            own = partial(own, judge=channel if b.judged else None, key=judge.key if judge else None)
+            drawn = _complete(b, results[b.name], out, own, limit, say, progress)
             entries[b.name] = summary(b, drawn, settings[b.name])
     for name, entry in entries.items():
         if (entry["truncated"] or 0) > MANY_TRUNCATED:

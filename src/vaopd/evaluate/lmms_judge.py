@@ -6,6 +6,7 @@ when the judge can't be reached. The relay puts in the model and the key, which 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import secrets
@@ -40,17 +41,24 @@ class Judge:
 
     @classmethod
     def from_options(cls, url: str | None, model: str | None, key_variable: str = KEY_VARIABLE) -> Judge | None:
-        """None without a URL. Raises `ConfigError` for half a judge, or a URL that is none."""
+        """None without a URL. Raises `ConfigError` for half a judge, a URL that is none, or a key that no header can hold."""
         if url is None and model is None:
             return None
         if url is None or not model:
             raise ConfigError("a judge needs both --judge-url and --judge-model, as in http://127.0.0.1:8000/v1 and Qwen/Qwen3-32B")
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--judge-url '{parts.scheme or url}' is no http(s) address. Give one like http://127.0.0.1:8000/v1")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii() and url.isprintable()
+        except ValueError:  # a port that is no number, half a bracket
+            fits = False
+        if not fits or " " in url:  # not shown whole: it may have a secret in it
+            raise ConfigError(f"--judge-url '{url.partition(':')[0]}:…' is no http(s) address. Give one like http://127.0.0.1:8000/v1")
         if parts.username or parts.password or parts.query:
             raise ConfigError(f"--judge-url has a secret in it. Put the key into the environment variable {key_variable} instead")
-        return cls(url.rstrip("/").removesuffix("/chat/completions"), model, os.environ.get(key_variable) or None)
+        key = os.environ.get(key_variable, "").strip()  # a file's line end, most often
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"the key in the environment variable {key_variable} has signs that a request can't hold. Copy it again")
+        return cls(url.rstrip("/").removesuffix("/chat/completions"), model, key or None)
 
 
 class JudgeError(Exception):
@@ -82,8 +90,8 @@ def ask(judge: Judge, question: dict[str, Any]) -> dict[str, Any]:
                 return _checked(response.read(LARGEST))
         except urllib.error.HTTPError as error:
             problem, again = f"HTTP {error.code} {error.reason}", error.code in TRY_AGAIN
-        except (OSError, urllib.error.URLError) as error:
-            problem, again = str(getattr(error, "reason", error)), True
+        except (OSError, http.client.HTTPException) as error:  # HTTPException: an answer that breaks off
+            problem, again = str(getattr(error, "reason", error)) or type(error).__name__, True
         if not again or attempt + 1 == ATTEMPTS:
             raise JudgeError(problem)
         time.sleep(PAUSES[attempt])

@@ -107,11 +107,14 @@ def _model_args(settings: Settings, number: int) -> str:
     return ",".join(filter(None, (f"{key}={settings.model}", settings.model_args)))
 
 
-def environment(judge: Relay | None) -> dict[str, str]:
-    """The user's, with the relay as the only judge; without one, an address that answers nobody."""
-    base = {name: value for name, value in os.environ.items() if not HIDDEN.match(name)}
+def environment(judge: Relay | None, key: str | None = None) -> dict[str, str]:
+    """The user's without the judge's `key`, with the relay as the only judge; without one, an address that answers nobody."""
+    base = {name: value for name, value in os.environ.items() if not HIDDEN.match(name) and not (key and key in value)}
     url, token = (judge.url, judge.token) if judge else (UNREACHABLE, "none")
-    return base | {"API_TYPE": "openai", "OPENAI_API_URL": url, "OPENAI_API_KEY": token, "WANDB_MODE": "disabled"}
+    # Behind a proxy the relay would not be asked, and every answer be wrong.
+    direct = ",".join(filter(None, ("127.0.0.1", base.get("no_proxy") or base.get("NO_PROXY"))))
+    own = {"API_TYPE": "openai", "OPENAI_API_URL": url, "OPENAI_API_KEY": token, "WANDB_MODE": "disabled"}
+    return base | own | {"no_proxy": direct, "NO_PROXY": direct}
 
 
 def run(
@@ -124,9 +127,13 @@ def run(
     include: Path | None,
     rows: int,
     judge: Relay | None,
+    key: str | None = None,
     on_progress: Callable[[str], None],
 ) -> Result:
     """Run sample `number` of a benchmark and keep it in `folder`, which appears only once it is complete.
+
+    Args:
+        key: the judge's, which lmms-eval isn't given.
 
     Raises:
         EvaluationError: lmms-eval failed, answers or verdicts are missing, or its own score isn't that of its samples.
@@ -138,7 +145,7 @@ def run(
     began = time.monotonic()
     arguments = command(python, benchmark, settings, number, include, rows)
     status, last = _execute(
-        arguments, work, environment(judge), on_progress, give_up=lambda: judge is not None and len(judge.failures) > failed
+        arguments, work, environment(judge, key), on_progress, give_up=lambda: judge is not None and len(judge.failures) > failed
     )
     if judge and len(judge.failures) > failed:
         raise EvaluationError(
@@ -218,15 +225,19 @@ def graded(benchmark: Benchmark, settings: Settings, results: Mapping[str, Any],
     """The score of a sample from its questions, held against lmms-eval's own.
 
     Raises:
-        EvaluationError: an answer failed, or the two scores differ.
+        EvaluationError: an answer failed, too few were asked for the score, or the two scores differ.
     """
     texts = [_response(sample) for sample in samples]
     if failed := [text for text in texts if text.startswith(FAILED)]:
         raise EvaluationError(f"{benchmark.name}: {len(failed)} of {len(texts)} answers failed, the first with {failed[0][:200]!r}")
     try:
         parts = benchmark.parts(samples)
+        if not all(part.units for part in parts):
+            raise EvaluationError(
+                f"{benchmark.name}: none of its {len(samples)} questions counts in a part of the score. Ask more: --limit"
+            )
         own, theirs = score(parts), reported(benchmark, results)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise EvaluationError(f"{benchmark.name}: lmms-eval's samples can't be read ({error!r}); the table is of version 0.7.3") from None
     comparable = settings.limit is None or not benchmark.whole
     if comparable and not abs(own - theirs) <= TOLERANCE:
@@ -266,6 +277,8 @@ def finished(folder: Path, settings: Settings) -> Result | None:
     """
     path = folder / FINISHED
     if not path.exists():
+        if folder.exists():
+            raise CheckpointError(f"{folder} has no {FINISHED}. Delete the folder; the sample is then run again")
         return None
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
