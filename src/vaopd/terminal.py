@@ -328,7 +328,7 @@ def _show_matrix(summary: Mapping[str, Any]) -> None:
         smallest = max(row["smallest_p"] for row in summary["comparisons"])
         say(f"p: two-sided sign-flip test over seeds; so few seeds can't give one below {smallest:.2g}")
     say("mean VA: by the teacher on own answers; own gap: log p(image) - log p(degraded) of the model on fixed answers; nats per token")
-    say(f"took {summary['seconds']} s")
+    say(f"the runs took {summary['cpu_seconds'] / 60:.0f} minutes of CPU time")
 
 
 def _where(row: Mapping[str, Any], teachers: bool) -> str:

@@ -149,6 +149,7 @@ def test_the_tables_of_the_summary(finished):
     assert entry["points"]["mean"] == pytest.approx(sum(by_hand) / 2)
     assert entry["smallest_p"] == 0.5
     assert {name.partition("-")[0] for name in summary["gains"]} == {"opd", "sft"}
+    assert summary["cpu_seconds"] == round(sum(row["seconds_total"] for row in rows.values() if row["kind"] == "cell"))
     assert not any("per_question" in entry for entry in summary["models"].values())
 
 

@@ -51,7 +51,7 @@ def make(folder: Path, rows: list[dict], **summary) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     axes = {"methods": ["opd", "va_opd"], "seeds": [0, 1, 2], "students": {}, "teachers": {}, "train_sizes": [], "regimes": {}}
-    base = {"name": "mine", "study": axes, "baseline": "opd", "questions": 1000, "k": 8, "seconds": 840, "selection": [], "trends": []}
+    base = {"name": "mine", "study": axes, "baseline": "opd", "questions": 1000, "k": 8, "cpu_seconds": 840, "selection": [], "trends": []}
     (folder / "summary.json").write_text(json.dumps(base | summary), encoding="utf-8")
     return folder
 
@@ -140,7 +140,7 @@ def test_nothing_in_the_files_breaks_the_page(tmp_path: Path, value: object) -> 
         "selection": [{"tried": [{}]}, value],
     }
     rows = [run("opd", 0, 0.5), row, {"kind": "baseline", "method": value}]
-    assert "Differences" in page_of(write_report(make(tmp_path / "study", rows, **broken, name=value, study=value, seconds=value)))
+    assert "Differences" in page_of(write_report(make(tmp_path / "study", rows, **broken, name=value, study=value, cpu_seconds=value)))
 
 
 @pytest.mark.parametrize("text", [" ".join(HOSTILE), *(h for h in HOSTILE if "<" in h)])

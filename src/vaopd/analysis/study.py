@@ -84,6 +84,7 @@ def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | Non
     if study.is_matrix:
         compared = [row for row in rows if row.get("phase") == COMPARISON]
         summary |= {"study": _axes(study), "selection": selection, **tables(compared, str(study.baseline_method))}
+        summary["cpu_seconds"] = round(sum(row.get("seconds_total", 0) for row in rows))
     earlier = read_json(study.run / "summary.json").get("seconds", 0)
     RunFolder(study.run).write_json("summary.json", summary | {"seconds": round(earlier + time.monotonic() - began)})
     return read_json(study.run / "summary.json")

@@ -95,7 +95,7 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
     colours = method_colours(study.methods)
     strata = strata_of(study.cells)
     axes = records_of(summary.get("study"))
-    seconds = number(summary.get("seconds"))
+    seconds = number(summary.get("cpu_seconds"))
     comparisons, trends = study.listed("comparisons"), study.listed("trends")
     return {
         "title": clip(summary.get("name") or name, 80),
