@@ -39,6 +39,17 @@ def runs(monkeypatch):
     return ran
 
 
+@pytest.mark.parametrize(
+    "secret", ["api_key=sk-hidden", "base_url=http://h/v1, API_KEY=sk-hidden", "base_url=http://me:sk-hidden@h/v1", "token=sk-hidden"]
+)
+def test_a_secret_would_stand_in_every_result(runs, tmp_path, secret):
+    with pytest.raises(ConfigError, match="has a secret") as error:
+        evaluate_benchmarks("m", ["ai2d"], tmp_path, k=1, backend="openai", model_args=secret)
+    assert "sk-hidden" not in str(error.value)
+    assert runs == []
+    evaluate_benchmarks("m", ["ai2d"], tmp_path, k=1, backend="openai", model_args="base_url=http://h/v1,eos_token=x,max_tokens=3")
+
+
 def test_only_the_samples_that_are_missing_are_run(runs, tmp_path):
     first = evaluate_benchmarks("builtin:student", ["ai2d"], tmp_path, k=2)
     assert [(name, number) for name, number, _ in runs] == [("ai2d", 1), ("ai2d", 2)]

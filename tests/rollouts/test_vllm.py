@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from vaopd.rollouts.vllm_wire import forbidden_ids, pack, quoted, request
 from vaopd.train.folder import read_rows
 from vaopd.train.health import gap_warning
 from vaopd.train.loop import train
+from vaopd.train.metrics import gap_metrics
 from vaopd.types import ORIGINAL, Group, Prompt
 
 SAMPLING = Sampling(max_tokens=8, temperature=0.7, top_p=0.95, seed=3)
@@ -489,6 +491,14 @@ def test_a_stale_server_raises_the_alarm(
     assert "stale weights" in alarms[0].getMessage()
 
 
+def test_the_gap_is_a_mean_of_sizes(prompts: list[Prompt]) -> None:
+    """Differences of +0.5 and -0.2 don't cancel: mean 0.35, largest 0.5."""
+    group = Group(prompts[0], (torch.tensor([300, 200]),), (True,), served_logp_N=torch.tensor([-1.0, -2.0]))
+    found = gap_metrics([group], torch.tensor([-1.5, -1.8]))
+    assert found == pytest.approx({"sampler_gap": 0.35, "sampler_gap_max": 0.5, "sampler_ratio": math.exp(0.35)})
+    assert gap_metrics([group], None) == {}
+
+
 def test_the_bar_of_the_alarm() -> None:
     row = {"step": 7, "sampler_gap": 0.0487, "sampler_gap_max": 2.0}
     assert gap_warning({**row, "sampler_ratio": 1.05}) is None
@@ -508,5 +518,5 @@ def test_a_failing_server_stops_the_run_and_it_goes_on_later(recipe: Callable[..
     assert [row["step"] for row in rows_of(config)] == [1, 2, 3, 4]
 
 
-def test_groups_without_a_server_have_no_gap(pair: Pair, prompts: list[Prompt]) -> None:
-    assert Group(prompts[0], (torch.tensor([300]),), (False,)).served_logp_N is None
+def test_groups_without_a_server_have_no_gap(prompts: list[Prompt]) -> None:
+    assert gap_metrics([Group(prompts[0], (torch.tensor([300]),), (False,))], torch.tensor([-1.0])) == {}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from vaopd.models.load import BUILTIN, locate
 PYTHON_VARIABLE = "VAOPD_LMMS_PYTHON"
 RESULT = "benchmarks.json"
 MANY_TRUNCATED = 0.25
+SECRET_ARGUMENT = re.compile(r"(^|,)\s*(\w*api_?key|(hf_|access_|auth_)?token|\w*secret|\w*password)\s*=|//[^/,]*@", re.IGNORECASE)
 Say = Callable[[str], None]
 
 
@@ -62,6 +64,8 @@ def evaluate_benchmarks(
         EvaluationError: a benchmark has no result, or one that can't be trusted.
     """
     benchmarks = chosen(tasks or list(BENCHMARKS), judge=judge is not None)
+    if SECRET_ARGUMENT.search(model_args):
+        raise ConfigError("--model-args has a secret in it, and every result is written with them. Take a server that asks for none")
     common = Settings("", *identity(model, backend), backend, model_args, temperature, max_tokens, seed, limit, None)
     interpreter = _interpreter(python)
     found = versions(interpreter)
