@@ -50,6 +50,13 @@ def test_a_secret_would_stand_in_every_result(runs, tmp_path, secret):
     evaluate_benchmarks("m", ["ai2d"], tmp_path, k=1, backend="openai", model_args="base_url=http://h/v1,eos_token=x,max_tokens=3")
 
 
+def test_a_file_in_the_place_of_the_folder_is_said_before_anything_runs(runs, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ConfigError, match=r"--out .*out can't be a folder \(File exists\)"):
+        evaluate_benchmarks("builtin:student", ["ai2d"], tmp_path / "out", k=1)
+    assert runs == []
+
+
 def test_only_the_samples_that_are_missing_are_run(runs, tmp_path):
     first = evaluate_benchmarks("builtin:student", ["ai2d"], tmp_path, k=2)
     assert [(name, number) for name, number, _ in runs] == [("ai2d", 1), ("ai2d", 2)]

@@ -17,7 +17,7 @@ from report_hostile import HOSTILE, poison, rows_of
 
 from vaopd.errors import DataError
 from vaopd.report import write_comparison, write_report
-from vaopd.report.figures import CURVES, accuracy, closed, gain_text, group_runs, label, nats, percent, series
+from vaopd.report.figures import CURVES, accuracy, closed, gain_text, group_runs, label, nats, percent, rows_used, series
 from vaopd.report.page import PAGE_BYTES
 from vaopd.report.read import group_name, read_metrics, read_run
 from vaopd.report.seeds import t95
@@ -111,6 +111,15 @@ def test_the_page_is_self_contained_and_the_same_each_time(run_folder: Path, tmp
 def test_without_out_the_page_lies_in_the_folder(new_run: Callable[..., Path]) -> None:
     run = new_run()
     assert write_report(str(run)) == run / "report.html"
+
+
+def test_names_and_reasons_of_rows_that_were_not_used_show_what_they_hide() -> None:
+    files = {"train\u202e": {"rows": 5, "used": 2, "skipped": {"bad\u202etxt": 3}}, "test": "no mapping"}
+    assert rows_used({"files": files, "left_out": 1}) == (
+        "2 of 5",
+        ["train⟨U+202E⟩: 3 × bad⟨U+202E⟩txt", "train: 1 × asks a held-out question with the same pictures"],
+    )
+    assert rows_used({}) == ("–", [])
 
 
 def test_a_torn_last_line_is_left_out_and_mentioned(new_run: Callable[..., Path]) -> None:

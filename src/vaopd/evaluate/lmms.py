@@ -71,6 +71,10 @@ def evaluate_benchmarks(
     found = versions(interpreter)
     for text in _remarks(benchmarks, found, backend, limit):
         say(text)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} can't be a folder ({error.strerror}). Name another") from None
     settings = {b.name: replace(common, task=b.task, judge=judge.model if judge and b.judged else None) for b in benchmarks}
     results = {b.name: [finished(_folder(out, b, j), settings[b.name]) for j in range(1, k + 1)] for b in benchmarks}
     done = sum(r is not None for rs in results.values() for r in rs)
@@ -101,7 +105,6 @@ def evaluate_benchmarks(
         "benchmarks": entries,
         "groups": groups(entries),
     }
-    out.mkdir(parents=True, exist_ok=True)
     unfinished = out / f"{RESULT}.unfinished"
     unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, out / RESULT)

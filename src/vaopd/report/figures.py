@@ -268,7 +268,8 @@ def rows_used(account: Json) -> tuple[str, list[str]]:
     """How many rows of the data files were used, and for which reasons the others were not, from data.json."""
     files = records(account.get("files"))
     rows, used = (sum(number(entry.get(key)) or 0 for entry in files.values()) for key in ("rows", "used"))
-    lost = [f"{name}: {number(count) or 0:,.0f} × {visible(clip(reason, 200))}" for name, f in files.items() for reason, count in skips(f)]
+    named = [(visible(clip(name, 60)), *skip) for name, file in files.items() for skip in skips(file)]
+    lost = [f"{name}: {number(count) or 0:,.0f} × {visible(clip(reason, 200))}" for name, reason, count in named]
     if left_out := number(account.get("left_out")):
         lost.append(f"train: {left_out:,.0f} × asks a held-out question with the same pictures")
     return (f"{used:,.0f} of {rows:,.0f}" if files else "–"), lost
