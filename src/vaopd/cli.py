@@ -67,11 +67,15 @@ def train(
 ) -> None:
     """Train a student; writes one run folder."""
     config = load_config(_shipped(recipe), overrides or [])
+    from accelerate import PartialState
+
     from vaopd.train.loop import train as run
 
     _quiet()
     with terminal.TrainingView(config) as view:
         folder = run(config, resume=resume, progress=view.progress())
+    if not PartialState().is_main_process:  # of several, one has written the folder
+        return
     terminal.show_run(folder)
     if report:
         _write_report([folder], None)

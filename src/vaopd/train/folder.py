@@ -33,10 +33,14 @@ LARGEST_SIDE = 448  # pixels of a stored sample picture
 
 
 class RunFolder:
-    """Paths of one run and its writers."""
+    """Paths of one run and its writers.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        writes: False: nothing is written; of several processes that train together, one does.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.metrics, self.samples, self.checkpoints = path / "metrics.jsonl", path / "samples.jsonl", path / "checkpoints"
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
@@ -69,16 +73,20 @@ class RunFolder:
 
     def start(self, config_yaml: str) -> None:
         """Create the folder and write the resolved recipe."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
         self.write_text(RECIPE, config_yaml)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Inside, no other process of this machine writes to the folder. The claim ends with the process, however it ends.
+        """Inside, no other run on this machine writes to the folder. The claim ends with the process, however it ends.
 
         Raises:
             CheckpointError: another process has it.
         """
+        if not self.writes:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
         try:
@@ -102,6 +110,8 @@ class RunFolder:
 
     def append(self, file: Path, row: Mapping[str, Any]) -> None:
         """One JSON row; numbers that are not finite become null, since JSON has no name for them."""
+        if not self.writes:
+            return
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -111,6 +121,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """A whole text file, replaced atomically."""
+        if not self.writes:
+            return
         unfinished = self.path / f".{name}.unfinished"
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, self.path / name)
@@ -119,7 +131,7 @@ class RunFolder:
         """Store a picture once, under its content; returns its path relative to the folder."""
         name = f"samples/{content_hash(image)[:16]}.png"
         target = self.path / name
-        if not target.exists():
+        if self.writes and not target.exists():
             target.parent.mkdir(exist_ok=True)
             small = image.copy()
             small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +53,11 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress | None 
     progress = progress or Progress()
     RunFolder(config.run).check(config, resume=resume)
     run = set_up(config, on_check=progress.on_check)
-    with run.folder.claimed() if run.tools.accelerator.is_main_process else nullcontext():
+    if not run.folder.writes:
+        progress = Progress()  # one of several processes tells
+    with run.folder.claimed():
         start = _resume(run) if resume else _start(run)
+        run.tools.accelerator.wait_for_everyone()  # before what all have read is changed
         run.folder.write_json(ACCOUNT, run.account)
         _measure_noise(run, progress)
         with trackers.tracked(run.tools.accelerator, run.folder) as places:
@@ -63,7 +65,8 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress | None 
                 progress.on_check(place)
             _go_on(run, start, progress)
             progress.on_peak(peak_memory(run.student.device))
-            _finish(run, progress)
+            if run.folder.writes:
+                _finish(run, progress)
     return run.folder.path
 
 
@@ -104,7 +107,7 @@ def _resume(run: Run) -> int:
     step = found.state.pop("step")
     run.state = found.state
     run.folder.rewind(step)
-    if run.state["best"] and run.state["best"]["step"] == step:  # a kill may have come between the save and this pointer
+    if run.folder.writes and run.state["best"] and run.state["best"]["step"] == step:  # a kill may have come before this pointer
         checkpoint.point(run.folder.checkpoints, checkpoint.BEST, found.path.name)
     log.info("resumed from step %d", step)
     return step
@@ -187,11 +190,14 @@ def _better(row: Metrics, best: Metrics) -> bool:
 
 
 def _save(run: Run, step: int) -> None:
-    folder = run.folder.checkpoints
-    path = checkpoint.save(folder, step, run.student, run.tools.optimizer, run.state)
-    if run.state["best"] and run.state["best"]["step"] == step:
-        checkpoint.point(folder, checkpoint.BEST, path.name)
-    checkpoint.retain(folder, run.config.checkpoint.keep, path)
+    """By the process that writes; the others hold the same weights and wait, so that a kill finds all of them at one step."""
+    if run.folder.writes:
+        folder = run.folder.checkpoints
+        path = checkpoint.save(folder, step, run.student, run.tools.optimizer, run.state)
+        if run.state["best"] and run.state["best"]["step"] == step:
+            checkpoint.point(folder, checkpoint.BEST, path.name)
+        checkpoint.retain(folder, run.config.checkpoint.keep, path)
+    run.tools.accelerator.wait_for_everyone()
 
 
 def _finish(run: Run, progress: Progress) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from vaopd import core
 from vaopd.config import RunConfig
@@ -82,7 +82,9 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     sets = read_data(config, row_check(config, (source, teacher_source), renderer), on_check)
     training, held_out, test = sets.train, sets.held_out, sets.test
 
-    accelerator = Accelerator(mixed_precision=precision(config), log_with=trackers.make(config) or None)
+    # A process whose prompts have no pictures leaves the vision tower without a gradient.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=precision(config), log_with=trackers.make(config) or None, kwargs_handlers=[parallel])
     student = load_student(config, source, accelerator)
     forward: ResponseForward = rows if config.forward == "rows" else Auto()
     if config.self_taught:
@@ -96,7 +98,7 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
     loss = StudentLoss(student, vocab_size=source.vocab_size, forward=forward, loss=config.loss, with_logp=served)
     tools = _tools(config, accelerator, loss, teacher, engine)
     steps = total_steps(config.optim, len(training))
-    folder, account = RunFolder(config.run), sets.account
+    folder, account = RunFolder(config.run, writes=accelerator.is_main_process), sets.account
     run = Run(config, folder, source, student, teacher, renderer, training, held_out, test, forward, tools, steps, account)
     run.state["frozen"] = fingerprint(frozen_tensors(student))
     return run

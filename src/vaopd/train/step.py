@@ -62,7 +62,8 @@ def train_step(prompts: Sequence[Prompt], step: int, weighting: Weighting, tools
     # 4. The weighted divergence of student and teacher (eq. 1 and 6): a mean over the prompts of all processes, in any micro-batches.
     # Data-parallel training averages gradients over processes, so each divides by its share of the prompts.
     normalizer = scored_prompts / tools.accelerator.num_processes
-    loss, kl_N, logp_N = backward(groups, scores, c_N, normalizer, tools)
+    share, kl_N, logp_N = backward(groups, scores, c_N, normalizer, tools)
+    loss = mean_over_processes(tools.accelerator, share)
 
     # 5. The update, unless something was not finite.
     grad_norm = float(tools.accelerator.clip_grad_norm_(tools.student_loss.parameters(), tools.clip))
@@ -173,6 +174,13 @@ def backward(
 def total(accelerator: Accelerator, count: int) -> int:
     """The sum of a number over all processes."""
     return int(accelerator.reduce(torch.tensor(count, device=accelerator.device), reduction="sum"))
+
+
+def mean_over_processes(accelerator: Accelerator, value: float) -> float:
+    """To the bit the value itself where there is one process."""
+    if accelerator.num_processes == 1:
+        return value
+    return float(accelerator.reduce(torch.tensor(value, dtype=torch.float32, device=accelerator.device), reduction="mean"))
 
 
 def anywhere(accelerator: Accelerator, flag: bool) -> bool:
