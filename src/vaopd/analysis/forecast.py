@@ -13,7 +13,7 @@ from vaopd.analysis.cell import COST, DONE, FIXED_QUESTIONS
 from vaopd.analysis.matrix import Cell
 from vaopd.config import DataConfig, RunConfig, WorldConfig
 from vaopd.data.sources import read_examples, write_examples
-from vaopd.evaluate.held_out import SCORED_SIBLINGS, decoder, sampler
+from vaopd.evaluate.held_out import CONDITIONS, SCORED_SIBLINGS, decoder, sampler
 from vaopd.evaluate.runner import answer, teacher_advantages
 from vaopd.train.folder import read_rows
 from vaopd.train.schedule import total_steps
@@ -23,7 +23,6 @@ from vaopd.world.data import write_world
 
 STEPS = 3  # timed; the first one warms up
 RESPONSES = 128  # about as many as an evaluation decodes side by side
-CONDITIONS = 3  # of the final evaluation: seeing, degraded, removed
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from vaopd.analysis.probes import CLASSES
-from vaopd.core import OPD, VAOPD, Head, RolloutOnly, TokenOnly, Weighting, advantage_for, token_coefficients, token_log_probs
+from vaopd.core import OPD, VAOPD, Head, RolloutOnly, TokenOnly, Weighting, token_coefficients, token_log_probs
 from vaopd.core import fused_weighted_divergence as divergence
 from vaopd.errors import DataError
 from vaopd.models.forward import head_of
-from vaopd.train.step import layout
+from vaopd.train.step import advantages, layout
 from vaopd.types import DEGRADED, ORIGINAL, Group, ResponseForward, Teacher
 
 WEIGHTINGS: Mapping[str, Weighting] = {
@@ -121,8 +121,7 @@ def _measure(
     parts = _parts(classes, (original_N - degraded_N).cpu())
     total, shares = {}, {}
     for name, weighting in WEIGHTINGS.items():
-        a_N = advantage_for(weighting, original_N, degraded_N, deadband=deadband)
-        c_N = token_coefficients(a_N, rollout_N, group_R, weighting)
+        c_N = token_coefficients(advantages(groups, scores, weighting, deadband), rollout_N, group_R, weighting)
         pieces = {
             part: _gradient(model, _loss(hidden_NH, head, hidden_NG, teacher.head, c_N * member_N.to(c_N), len(groups)))
             for part, member_N in parts.items()

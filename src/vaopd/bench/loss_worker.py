@@ -20,7 +20,6 @@ from torch import Tensor
 from vaopd.core import Head, fused_weighted_divergence
 from vaopd.train.health import process_status
 
-MIB = 2**20
 CHECK_ROWS = 64  # of the reference that gradients are checked against
 
 

@@ -15,6 +15,7 @@ from vaopd.models.load import Source, control_ids
 from vaopd.rollouts.hf import HFEngine, Sampling
 from vaopd.types import DEGRADED, ORIGINAL, Example, Group, Teacher
 
+CONDITIONS = 3  # of the final evaluation: seeing, the image degraded, the image removed
 SCORED_SIBLINGS = 4  # of each question, for the mean advantage: the teacher's cost is the larger part
 
 

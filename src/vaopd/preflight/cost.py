@@ -16,10 +16,10 @@ import torch
 from vaopd.bench.flops import Load, rows_load, shared_load, step_flops
 from vaopd.config import RunConfig
 from vaopd.errors import ConfigError, did_you_mean
+from vaopd.evaluate.held_out import CONDITIONS
 from vaopd.preflight.memory import BF16, FP32, Model, Work, reads_twice, shares
 
 ARITHMETIC, BANDWIDTH = 0.4, 0.6  # shares of a device's peaks that are reached
-CONDITIONS = 3  # of the final evaluation: seeing, the image degraded, the image removed
 
 
 @dataclass(frozen=True)
