@@ -264,7 +264,7 @@ def inspect(
 
 @app.command()
 def study(
-    recipe: Annotated[Path, typer.Argument(help="YAML study, or the name of a shipped one: demo, study_quick.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML study, or the name of a shipped one: demo, study_quick, study_main.")],
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the cells and how long they take, and stop.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes side by side; default: one per core.")] = None,

@@ -8,7 +8,7 @@ import pytest
 
 from vaopd.analysis.forecast import Costs, Forecast, estimated_seconds, remaining_seconds
 from vaopd.analysis.matrix import Cell, Place
-from vaopd.analysis.results import cell_row, choose_rates, rates_of, tables
+from vaopd.analysis.results import cell_row, choose_rates, of_whole_seeds, rates_of, tables
 from vaopd.config import parse_config
 
 MEASURED = dict.fromkeys(("blind_degraded", "blind_removed", "va", "student_va", "effective_rollouts", "kl", "tokens", "seconds"), 0.5)
@@ -78,6 +78,13 @@ def test_holm_is_over_all_comparisons_of_the_study():
     smallest = 2 / 64
     assert [e["p"] for e in entries] == [smallest, 1.0, smallest, 1.0]
     assert [e["holm"] for e in entries] == pytest.approx([4 * smallest, 1.0, 4 * smallest, 1.0])
+
+
+def test_before_the_end_only_whole_seeds_are_compared():
+    rows = [row(method, 0.5, seed=seed, student=student) for seed in (1, 2) for student in "ab" for method in ("opd", "sft")]
+    assert {r["seed"] for r in of_whole_seeds(rows[:-1], 4)} == {1}
+    assert of_whole_seeds(rows[:3], 4) == []
+    assert of_whole_seeds(rows, 4) == rows
 
 
 def test_a_missing_run_is_no_pair():

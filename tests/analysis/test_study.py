@@ -57,6 +57,8 @@ def finished(tmp_path_factory):
 
     def start(job):
         started.append(job.name)
+        if (so_far := study.run / "summary.json").exists():
+            (folder / f"before-{job.log.stem}.json").write_bytes(so_far.read_bytes())
         job.log.parent.mkdir(parents=True, exist_ok=True)
         job.log.write_text("checks     ok\n")
         job.result.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +153,21 @@ def test_the_tables_of_the_summary(finished):
     assert {name.partition("-")[0] for name in summary["gains"]} == {"opd", "sft"}
     assert summary["cpu_seconds"] == round(sum(row["seconds_total"] for row in rows.values() if row["kind"] == "cell"))
     assert not any("per_question" in entry for entry in summary["models"].values())
+
+
+def test_until_all_is_done_the_summary_has_the_seeds_that_are_finished_everywhere(finished, tmp_path):
+    study, summary, started = finished
+    assert [name for name in started if name.startswith("sft-")] == ["sft-grainy-seed0", "sft-grainy-seed1"]
+    assert not (study.run.parent / "before-sft-grainy-seed0.json").exists()
+    text = (study.run.parent / "before-sft-grainy-seed1.json").read_text()
+    so_far = json.loads(text)
+    assert so_far["unfinished"] == {"seeds": 1, "of": 2}
+    (entry,), (whole,) = so_far["comparisons"], summary["comparisons"]
+    assert entry["pairs"] == whole["pairs"][:1]
+    assert "unfinished" not in summary
+    (tmp_path / "summary.json").write_text(text)
+    (tmp_path / "results.jsonl").write_text((study.run / "results.jsonl").read_text())
+    assert "The study is not finished: differences and means are of the 1 of 2 seeds" in write_report(tmp_path).read_text()
 
 
 def test_a_finished_study_starts_no_process_and_the_page_and_tables_show_it(finished, monkeypatch, capsys):

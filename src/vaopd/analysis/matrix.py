@@ -81,13 +81,13 @@ def development_cells(study: StudyConfig) -> list[Cell]:
 
 
 def comparison_cells(study: StudyConfig, rates: Rates) -> list[Cell]:
-    """Every method and seed at every place.
+    """Every method and seed at every place, seed after seed: a study that is stopped is a smaller one with fewer seeds.
 
     Args:
         rates: the chosen learning rate of each regime and method; empty where the study names no learning rates.
     """
     found = []
-    for place, method, seed in product(places(study), study.methods, study.seeds):
+    for seed, place, method in product(study.seeds, places(study), study.methods):
         name = "-".join([_plain(str(method)), *place.parts, *([f"seed{seed}"] if len(study.seeds) > 1 else [])])
         found.append(_cell(study, name, COMPARISON, place, method, seed, rates.get((place.regime, str(method)))))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -138,6 +139,17 @@ def tables(rows: Sequence[Row], baseline: str) -> Row:
         for entry, adjusted in zip(family, holm([entry["p"] for entry in family]), strict=True):
             entry["holm"] = adjusted
     return {"baseline": baseline, "means": means, "comparisons": comparisons, "trends": trends}
+
+
+def of_whole_seeds(rows: Sequence[Row], cells: int) -> list[Row]:
+    """The rows of those seeds that are finished everywhere: what can be compared before all are.
+
+    Args:
+        rows: of comparison cells.
+        cells: how many there are for each seed.
+    """
+    finished = Counter(row["seed"] for row in rows)
+    return [row for row in rows if finished[row["seed"]] == cells]
 
 
 def _grouped(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:

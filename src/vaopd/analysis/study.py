@@ -22,7 +22,7 @@ import yaml
 from vaopd.analysis.cell import DONE
 from vaopd.analysis.forecast import Forecast, calibrate, dearest, forecast, measured_seconds
 from vaopd.analysis.matrix import COMPARISON, Cell, Place, comparison_cells, development_cells, places, read_json, write_data
-from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, rates_of, tables
+from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, of_whole_seeds, rates_of, tables
 from vaopd.config import RunConfig, StudyConfig
 from vaopd.data.sources import read_examples
 from vaopd.errors import ConfigError, DataError, StudyFailed
@@ -58,6 +58,8 @@ class Baseline:
 def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | None = None) -> dict[str, Any]:
     """Run what is not done yet and write `results.jsonl` and `summary.json`; returns the latter (docs/run_folder.md).
 
+    Both are written after each process; until all are done, `summary.json` compares the seeds that are finished everywhere.
+
     Where the study names learning rates, all of them run on the development seeds first, and the comparison runs each method at its best.
 
     Args:
@@ -69,7 +71,11 @@ def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | Non
         ConfigError: the folder holds results of another recipe or another world.
         DataError: held-out questions have no answers, so that there is nothing to compare.
     """
-    began = time.monotonic()
+    began, earlier = time.monotonic(), read_json(study.run / "summary.json").get("seconds", 0)
+
+    def spent() -> int:
+        return round(earlier + time.monotonic() - began)
+
     study.run.mkdir(parents=True, exist_ok=True)
     RunFolder(study.run).write_text("study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     write_data(study)
@@ -79,14 +85,20 @@ def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | Non
     selection = choose_rates(rows)
     cells = comparison_cells(study, rates_of(selection))
     baselines = _baselines(cells)
-    rows = _run_phase(study, cells, baselines, on_progress, workers, rows)
+
+    def so_far(rows: Sequence[Row]) -> None:
+        compared = of_whole_seeds([row for row in rows if row.get("phase") == COMPARISON], len(cells) // len(study.seeds))
+        if study.is_matrix and compared:
+            unfinished = {"seeds": len({row["seed"] for row in compared}), "of": len(study.seeds)}
+            begun = {"name": study.name, "unfinished": unfinished, "seconds": spent(), **_sizes(compared[0])}
+            RunFolder(study.run).write_json("summary.json", begun | _matrix(study, compared, selection))
+
+    rows = _run_phase(study, cells, baselines, on_progress, workers, rows, so_far)
     summary = _summary(study, cells, baselines)
     if study.is_matrix:
-        compared = [row for row in rows if row.get("phase") == COMPARISON]
-        summary |= {"study": _axes(study), "selection": selection, **tables(compared, str(study.baseline_method))}
+        summary |= _matrix(study, [row for row in rows if row.get("phase") == COMPARISON], selection)
         summary["cpu_seconds"] = round(sum(row.get("seconds_total", 0) for row in rows))
-    earlier = read_json(study.run / "summary.json").get("seconds", 0)
-    RunFolder(study.run).write_json("summary.json", summary | {"seconds": round(earlier + time.monotonic() - began)})
+    RunFolder(study.run).write_json("summary.json", summary | {"seconds": spent()})
     return read_json(study.run / "summary.json")
 
 
@@ -136,6 +148,7 @@ def _run_phase(
     on_progress: OnProgress,
     workers: int | None,
     earlier: Sequence[Row],
+    so_far: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Run a phase, and after each finished process write what is known to results.jsonl; returns all rows so far."""
     jobs = plan(study, cells, baselines)
@@ -149,7 +162,7 @@ def _run_phase(
         RunFolder(study.run).write_text("results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return rows
 
-    _run_all(jobs, workers or cores(), on_progress, write)
+    _run_all(jobs, workers or cores(), on_progress, on_done=lambda: so_far(write()))
     return write()
 
 
@@ -240,7 +253,7 @@ def _check_answers(study: StudyConfig) -> None:
                 )
 
 
-def _run_all(jobs: Sequence[Job], workers: int, on_progress: OnProgress, on_done: Callable[[], Any]) -> None:
+def _run_all(jobs: Sequence[Job], workers: int, on_progress: OnProgress, on_done: Callable[[], None]) -> None:
     waiting = [job for job in jobs if not job.result.exists()]
     running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
     try:
@@ -302,8 +315,16 @@ def _summary(study: StudyConfig, cells: Sequence[Cell], baselines: Sequence[Base
     named = {b.name: _entry(found[b.role, b.place]) for b in baselines}
     models = {name: entry for name, entry in named.items() if name.startswith("student")} | trained | named
     models = {name: {key: value for key, value in entry.items() if key != "per_question"} for name, entry in models.items()}
-    sizes = {"questions": first["questions"], "k": first["k"]}
-    return {"name": study.name, **sizes, "models": models, "gains": gains, "mass_curve": first.get("mass_curve")}
+    return {"name": study.name, **_sizes(first), "models": models, "gains": gains, "mass_curve": first.get("mass_curve")}
+
+
+def _matrix(study: StudyConfig, compared: Sequence[Row], selection: Sequence[Row]) -> dict[str, Any]:
+    """What summary.json has of a study in which more than the method varies."""
+    return {"study": _axes(study), "selection": list(selection), **tables(compared, str(study.baseline_method))}
+
+
+def _sizes(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: measured[key] for key in ("questions", "k")}
 
 
 def _entry(measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
     comparisons, trends = study.listed("comparisons"), study.listed("trends")
     return {
         "title": clip(summary.get("name") or name, 80),
-        "notes": study.notes,
+        "notes": [*study.notes, *unfinished(summary)],
         "facts": facts(study, axes),
         "seconds": figures.duration(seconds) if seconds is not None else "",
         "k": f"{number(summary.get('k')) or 0:.0f}" if number(summary.get("k")) else "k",
@@ -120,6 +120,17 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
         "hidden_cells": max(0, sum(row.get("kind") == "cell" for row in study.rows) - most_cells),
         "settings": list(flatten(axes).items())[:120],
     }
+
+
+def unfinished(summary: Json) -> list[str]:
+    """That the study goes on, if it does."""
+    found = records_of(summary.get("unfinished"))
+    if (done := number(found.get("seeds"))) is None or (of := number(found.get("of"))) is None:
+        return []
+    return [
+        f"The study is not finished: differences and means are of the {done:.0f} of {of:.0f} seeds that are finished everywhere, "
+        "curves and the list of runs of all runs that are done. Whoever stops a study when it looks right finds more than there is."
+    ]
 
 
 def facts(study: Study, axes: Mapping[str, Any]) -> list[tuple[str, str]]:
