@@ -1,13 +1,14 @@
 """`vaopd lmms-eval`: what is run and what isn't, what is refused before anything runs, and the result. Real runs: tests/lmms."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from vaopd import cli
 from vaopd.errors import ConfigError, EvaluationError, ModelError
 from vaopd.evaluate import lmms
-from vaopd.evaluate.lmms import check_drawn, evaluate_benchmarks, groups, identity
+from vaopd.evaluate.lmms import check_drawn, check_judged, evaluate_benchmarks, groups, identity
 from vaopd.evaluate.lmms_benchmarks import BENCHMARKS, Part
 from vaopd.evaluate.lmms_run import FINISHED, Result
 
@@ -82,6 +83,14 @@ def test_samples_that_repeat_one_another_are_no_avg_at_k():
     with pytest.raises(EvaluationError, match=r"sample 3 has the answers of sample 1, word for word\. The backend doesn't draw"):
         check_drawn(AI2D, [drawn, other, drawn], None)
     assert "with 5 questions that can be chance" in check_drawn(AI2D, [drawn, drawn], 5)
+
+
+def test_a_judge_that_was_never_asked_is_said():
+    verse, drawn = BENCHMARKS["mathverse"], result(1, 0, answers="a")
+    assert drawn.judged == 0
+    assert check_judged(AI2D, [drawn]) is None
+    assert check_judged(verse, [drawn, replace(drawn, judged=2)]) is None
+    assert "mathverse: the judge was asked about none of the 2 answers of sample 1" in check_judged(verse, [drawn])
 
 
 def test_the_papers_two_means():

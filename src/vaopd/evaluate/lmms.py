@@ -142,9 +142,20 @@ def _complete(
             progress.done += 1
             progress.tell("")
         drawn.append(result)
-        if warning := check_drawn(benchmark, drawn, limit):
-            say(warning)
+        for warning in (check_drawn(benchmark, drawn, limit), check_judged(benchmark, drawn)):
+            if warning:
+                say(warning)
     return drawn
+
+
+def check_judged(benchmark: Benchmark, results: Sequence[Result]) -> str | None:
+    """A warning where the last sample is the judge's by name only."""
+    if not benchmark.judged or results[-1].judged:
+        return None
+    return (
+        f"{benchmark.name}: the judge was asked about none of the {results[-1].questions} answers of sample {len(results)}; "
+        f"lmms-eval graded all of them by itself. Look into the sample's out/ before you call this a judged score"
+    )
 
 
 def summary(benchmark: Benchmark, results: Sequence[Result], settings: Settings) -> dict[str, Any]:
