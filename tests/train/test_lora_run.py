@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vaopd.train import setup as set_up_module
 from vaopd.train.evaluation import FINAL_NOISE
 from vaopd.train.folder import read_rows
 from vaopd.train.loop import Progress, train
+from vaopd.train.prompts import PromptsAhead
 from vaopd.train.setup import Run, set_up
 
 LORA = {
@@ -224,8 +226,9 @@ def test_training_leaves_the_base_untouched(recipe: Callable[..., RunConfig], pa
     prompts = [run.renderer(example) for example in run.train[:2]]
     groups = run.tools.engine.generate(prompts, 1, 1)
     before = run.teacher.score(groups, ("original",))
+    ahead = PromptsAhead(run, ThreadPoolExecutor(1))
     for step in (1, 2):
-        loop._one_step(run, step)
+        loop._one_step(run, step, ahead)
     after = run.teacher.score(groups, ("original",))
     state = run.student.state_dict()
     assert all(torch.equal(state.get(name, state.get(name.replace(".weight", ".base_layer.weight"))), base[name]) for name in base)
@@ -238,7 +241,7 @@ def test_a_teacher_with_nothing_to_teach_is_said(recipe: Callable[..., RunConfig
     assert "nothing to learn" not in caplog.text
     run = prepare(recipe(**self_taught(method="opd")))
     assert "`opd` has nothing to learn from it" in caplog.text
-    assert abs(loop._one_step(run, 1)["loss"]) < 1e-6
+    assert abs(loop._one_step(run, 1, PromptsAhead(run, ThreadPoolExecutor(1)))["loss"]) < 1e-6
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
@@ -261,7 +264,7 @@ def test_in_bf16_the_frozen_weights_are_bf16_and_the_adapters_fp32(
     run = prepare(recipe(**changes, precision="bf16"))
     dtypes = {trained: {p.dtype for p in run.student.parameters() if p.requires_grad is trained} for trained in (True, False)}
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
-    row = loop._one_step(run, 1)
+    row = loop._one_step(run, 1, PromptsAhead(run, ThreadPoolExecutor(1)))
     assert row["nonfinite"] == 0
     assert row["grad_norm"] > 0
     assert {p.dtype for p in run.student.parameters() if p.requires_grad} == {torch.float32}

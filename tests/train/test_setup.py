@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from vaopd.models.load import control_ids
 from vaopd.rollouts.hf import HFEngine, Sampling
 from vaopd.train import loop
 from vaopd.train.loop import train
+from vaopd.train.prompts import PromptsAhead
 from vaopd.train.schedule import learning_rate
 from vaopd.train.setup import Run, held_out_sampling, precision, set_up
 from vaopd.types import DEGRADED, ORIGINAL
@@ -154,7 +156,7 @@ def test_recomputing_activations_changes_nothing_but_the_work(recipe: Callable[.
         calls: list[int] = []
         # Before the forward: recomputation stops as soon as it has what the backward needs, which may be inside the last module.
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1) if torch.is_grad_enabled() else None)
-        loop._one_step(run, 1)
+        loop._one_step(run, 1, PromptsAhead(run, ThreadPoolExecutor(1)))
         return [p.detach().clone() for p in run.student.parameters()], len(calls)
 
     (plain, once), (recomputed, twice) = one_step(False), one_step(True)

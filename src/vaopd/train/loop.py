@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from vaopd.train.evaluation import evaluate_step, final_evaluation
 from vaopd.train.folder import ACCOUNT, RunFolder
 from vaopd.train.health import gap_warning, noise_floor, noise_warning, peak_memory, truncation_warning
 from vaopd.train.metrics import Metrics
-from vaopd.train.schedule import example_indices, learning_rate
+from vaopd.train.prompts import PromptsAhead
+from vaopd.train.schedule import learning_rate
 from vaopd.train.setup import Run, set_up, weighting_of
 from vaopd.train.step import drop_empty, train_step
 from vaopd.types import DEGRADED, ORIGINAL
@@ -75,16 +77,18 @@ def _go_on(run: Run, start: int, progress: Progress) -> None:
     config = run.config
     if start < 0:
         _evaluate(run, 0, progress)
-    for step in range(max(start, 0) + 1, run.steps + 1):
-        row = _one_step(run, step)
-        _record(run, row, progress)
-        _warn_of_truncation(run, row)
-        _warn_of_gap(run, row)
-        _stop_if_sick(run, row)
-        if step % config.eval.every == 0 or step == run.steps:
-            _evaluate(run, step, progress)
-        elif step % (config.checkpoint.every or config.eval.every) == 0:
-            _save(run, step)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = PromptsAhead(run, thread)
+        for step in range(max(start, 0) + 1, run.steps + 1):
+            row = _one_step(run, step, ahead)
+            _record(run, row, progress)
+            _warn_of_truncation(run, row)
+            _warn_of_gap(run, row)
+            _stop_if_sick(run, row)
+            if step % config.eval.every == 0 or step == run.steps:
+                _evaluate(run, step, progress)
+            elif step % (config.checkpoint.every or config.eval.every) == 0:
+                _save(run, step)
 
 
 def _start(run: Run) -> int:
@@ -137,17 +141,13 @@ def _warn_of_gap(run: Run, row: Metrics) -> None:
         log.warning("%s", warning)
 
 
-def _one_step(run: Run, step: int) -> Metrics:
-    began, optim = time.perf_counter(), run.config.optim
-    last = None if optim.steps else round(optim.epochs * len(run.train))
-    indices = example_indices(run.config.seed, step, len(run.train), optim.prompts_per_step, last=last)
-    accelerator = run.tools.accelerator
-    share = indices[accelerator.process_index :: accelerator.num_processes]
-    prompts = [run.renderer(run.train[index], run.tools.views or (ORIGINAL,)) for index in share]
-    rate = learning_rate(optim, step, run.steps)
+def _one_step(run: Run, step: int, ahead: PromptsAhead) -> Metrics:
+    began = time.perf_counter()
+    rate = learning_rate(run.config.optim, step, run.steps)
     for group in run.tools.optimizer.param_groups:
         group["lr"] = rate
-    metrics = train_step(prompts, step, weighting_of(run.config, step), run.tools)
+    with ahead.during(step) as prompts:
+        metrics = train_step(prompts, step, weighting_of(run.config, step), run.tools)
     return {"kind": "train", "step": step, **metrics, "lr": rate, "seconds": round(time.perf_counter() - began, 3)}
 
 
