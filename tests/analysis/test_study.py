@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from vaopd import cli, terminal
@@ -145,6 +146,7 @@ def test_the_tables_of_the_summary(finished):
     study, summary, _ = finished
     rows = {row["name"]: row for row in rows_of(study)}
     assert summary["baseline"] == "opd"
+    assert summary["versions"]["torch"] == torch.__version__
     (entry,) = summary["comparisons"]
     by_hand = [100 * (rows[f"sft-grainy-seed{seed}"]["accuracy"] - rows[f"opd-grainy-seed{seed}"]["accuracy"]) for seed in (0, 1)]
     assert [pair[2] for pair in entry["pairs"]] == pytest.approx(by_hand)

@@ -27,6 +27,7 @@ from vaopd.config import RunConfig, StudyConfig
 from vaopd.data.sources import read_examples
 from vaopd.errors import ConfigError, DataError, StudyFailed
 from vaopd.evaluate.runner import gain
+from vaopd.train.card import package_versions
 from vaopd.train.folder import RunFolder, read_rows
 
 BASELINES = "baselines"
@@ -320,7 +321,12 @@ def _summary(study: StudyConfig, cells: Sequence[Cell], baselines: Sequence[Base
 
 def _matrix(study: StudyConfig, compared: Sequence[Row], selection: Sequence[Row]) -> dict[str, Any]:
     """What summary.json has of a study in which more than the method varies."""
-    return {"study": _axes(study), "selection": list(selection), **tables(compared, str(study.baseline_method))}
+    return {
+        "versions": package_versions(),
+        "study": _axes(study),
+        "selection": list(selection),
+        **tables(compared, str(study.baseline_method)),
+    }
 
 
 def _sizes(measured: Mapping[str, Any]) -> dict[str, Any]:

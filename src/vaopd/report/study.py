@@ -95,6 +95,7 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
     colours = method_colours(study.methods)
     strata = strata_of(study.cells)
     axes = records_of(summary.get("study"))
+    settings = {**axes, "versions": records_of(summary.get("versions"))}
     seconds = number(summary.get("cpu_seconds"))
     comparisons, trends = study.listed("comparisons"), study.listed("trends")
     return {
@@ -118,7 +119,7 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
         "selection": [selection_row(entry) for entry in study.listed("selection")],
         "cells": [cell_row(row) for row in study.rows if row.get("kind") == "cell"][:most_cells],
         "hidden_cells": max(0, sum(row.get("kind") == "cell" for row in study.rows) - most_cells),
-        "settings": list(flatten(axes).items())[:120],
+        "settings": list(flatten(settings).items())[:120],
     }
 
 
