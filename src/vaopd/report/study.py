@@ -95,7 +95,8 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
     colours = method_colours(study.methods)
     strata = strata_of(study.cells)
     axes = records_of(summary.get("study"))
-    settings = {**axes, "versions": records_of(summary.get("versions"))}
+    made_with = records_of(summary.get("versions"))
+    settings = axes | ({"versions": made_with} if made_with else {})
     seconds = number(summary.get("cpu_seconds"))
     comparisons, trends = study.listed("comparisons"), study.listed("trends")
     return {
