@@ -12,7 +12,8 @@ from vaopd.types import ORIGINAL, Prompt
 
 
 class PromptsAhead:
-    """Decoding, degrading and tokenizing run on the CPU, most of it outside of Python's lock: beside a step they cost no time.
+    """Photographs are decoded, degraded and resized on the CPU, outside of Python's lock: beside a step that takes little time of its own
+    (docs/performance.md). The prompts are the same.
 
     Args:
         thread: of one worker.
