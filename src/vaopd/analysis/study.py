@@ -88,7 +88,7 @@ def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | Non
     baselines = _baselines(cells)
 
     def so_far(rows: Sequence[Row]) -> None:
-        compared = of_whole_seeds([row for row in rows if row.get("phase") == COMPARISON], len(cells) // len(study.seeds))
+        compared = of_whole_seeds(_compared(rows), len(cells) // len(study.seeds))
         if study.is_matrix and compared:
             unfinished = {"seeds": len({row["seed"] for row in compared}), "of": len(study.seeds)}
             begun = {"name": study.name, "unfinished": unfinished, "seconds": spent(), **_sizes(compared[0])}
@@ -97,7 +97,7 @@ def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | Non
     rows = _run_phase(study, cells, baselines, on_progress, workers, rows, so_far)
     summary = _summary(study, cells, baselines)
     if study.is_matrix:
-        summary |= _matrix(study, [row for row in rows if row.get("phase") == COMPARISON], selection)
+        summary |= _matrix(study, _compared(rows), selection)
         summary["cpu_seconds"] = round(sum(row.get("seconds_total", 0) for row in rows))
     RunFolder(study.run).write_json("summary.json", summary | {"seconds": spent()})
     return read_json(study.run / "summary.json")
@@ -317,6 +317,10 @@ def _summary(study: StudyConfig, cells: Sequence[Cell], baselines: Sequence[Base
     models = {name: entry for name, entry in named.items() if name.startswith("student")} | trained | named
     models = {name: {key: value for key, value in entry.items() if key != "per_question"} for name, entry in models.items()}
     return {"name": study.name, **_sizes(first), "models": models, "gains": gains, "mass_curve": first.get("mass_curve")}
+
+
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.get("phase") == COMPARISON]
 
 
 def _matrix(study: StudyConfig, compared: Sequence[Row], selection: Sequence[Row]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def check_judged(benchmark: Benchmark, results: Sequence[Result]) -> str | None:
         return None
     return (
         f"{benchmark.name}: the judge was asked about none of the {results[-1].questions} answers of sample {len(results)}; "
-        f"lmms-eval graded all of them by itself. Look into the sample's out/ before you call this a judged score"
+        "lmms-eval graded all of them by itself. Look into the sample's out/ before you call this a judged score"
     )
 
 
