@@ -363,7 +363,9 @@ class StudyConfig(_Strict):
     teachers: dict[str, str] = Field(default_factory=dict, description="name -> model; default: recipe.teacher")
     train_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="first rows of the training set; default: all of it")
     regimes: dict[str, RegimeConfig] = Field(default_factory=dict, description="name -> what is otherwise there; default: one regime")
-    learning_rates: tuple[_Rate, ...] = Field((), description="each method runs at its best of these; default: recipe.optim.lr")
+    learning_rates: tuple[_Rate, ...] | dict[str, Annotated[tuple[_Rate, ...], Field(min_length=1)]] = Field(
+        (), description="each method runs at its best of these, or of those beside its name; default: recipe.optim.lr"
+    )
     development_seeds: tuple[_Seed, ...] = Field((), description="the seeds that choose the learning rate, and do nothing else")
     levels: tuple[_Level, ...] = Field((), description="held-out accuracies; every cell reports when it first reached them")
     keep: Literal["models", "numbers"] = Field("models", description="numbers: a finished cell leaves no model and no checkpoints")
@@ -383,8 +385,13 @@ class StudyConfig(_Strict):
     @model_validator(mode="after")
     def _values_differ(self) -> StudyConfig:
         names = [str(method) for method in self.methods]
+        if isinstance(self.learning_rates, dict) and set(self.learning_rates) != set(names):
+            raise ValueError(
+                f"learning_rates names {', '.join(self.learning_rates)}, the methods are {', '.join(names)}. Give each method its rates"
+            )
         axes = {"methods": names, "seeds": self.seeds, "train_sizes": self.train_sizes, "development_seeds": self.development_seeds}
-        for axis, values in {**axes, "learning_rates": self.learning_rates}.items():
+        rates = {f"learning_rates of {method}": self.rates_of(method) for method in self.methods}
+        for axis, values in {**axes, **rates}.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"{axis} must differ, found {', '.join(map(str, values))}")
         if self.baseline is not None and self.baseline not in names:
@@ -398,9 +405,10 @@ class StudyConfig(_Strict):
 
     @model_validator(mode="after")
     def _development_is_apart(self) -> StudyConfig:
-        if bool(self.learning_rates) != bool(self.development_seeds):
+        if any(len(self.rates_of(method)) > 1 for method in self.methods) != bool(self.development_seeds):
             raise ValueError(
-                "learning_rates and development_seeds belong together: every rate is run on the development seeds. Give both, or none"
+                "several learning_rates of a method and development_seeds belong together: every rate is run on the development seeds. "
+                "Give both, or no development_seeds and one rate for each method"
             )
         if both := sorted(set(self.seeds) & set(self.development_seeds)):
             raise ValueError(
@@ -430,10 +438,14 @@ class StudyConfig(_Strict):
         """The method that the others are compared with."""
         return next(method for method in self.methods if self.baseline in (None, str(method)))
 
+    def rates_of(self, method: MethodConfig) -> tuple[float, ...]:
+        """The learning rates that are tried for a method; empty: that of the recipe."""
+        return self.learning_rates.get(str(method), ()) if isinstance(self.learning_rates, dict) else self.learning_rates
+
     @property
     def is_matrix(self) -> bool:
         """Whether anything but the method varies, so that there are means and paired differences to report."""
-        axes = (self.students, self.teachers, self.regimes, self.train_sizes, self.learning_rates)
+        axes = (self.students, self.teachers, self.regimes, self.train_sizes, self.development_seeds)
         return len(self.seeds) > 1 or any(axes)
 
     def recipe_of(self, regime: str | None, student: str | None, teacher: str | None) -> dict[str, Any]:
@@ -485,7 +497,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
             config = parse_config({**values, "run": "run", "method": method.model_dump()}, where=where)
             if not study.world and config.data.eval is None and config.data.test is None:
                 raise ConfigError(f"{where}: a study compares on held-out questions: name data.test, or data.eval")
-            if study.learning_rates and not study.world and None in (config.data.eval, config.data.test):
+            if study.development_seeds and not study.world and None in (config.data.eval, config.data.test):
                 raise ConfigError(f"{where}: learning_rates are chosen on data.eval and compared on data.test, so that both must be there")
     return study
 

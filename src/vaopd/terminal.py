@@ -215,8 +215,9 @@ def _axes(config: StudyConfig) -> str:
     sizes = {"methods": config.methods, "students": config.students, "teachers": config.teachers, "data sizes": config.train_sizes}
     named = [f"{len(values)} {name}" for name, values in {**sizes, "regimes": config.regimes}.items() if len(values) > 1]
     text = " x ".join([*named, f"{len(config.seeds)} seeds"])
-    if config.learning_rates:
-        text += f"; {len(config.learning_rates)} learning rates on {len(config.development_seeds)} development seeds"
+    if config.development_seeds:
+        tried = sum(len(rates) for method in config.methods if len(rates := config.rates_of(method)) > 1)
+        text += f"; {tried} learning rates of the methods on {len(config.development_seeds)} development seeds"
     return text
 
 

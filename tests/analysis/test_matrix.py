@@ -90,6 +90,19 @@ def test_development_runs_every_rate_once_a_regime_and_has_no_test_set(tmp_path)
         assert cell.config.seed in (3, 5)
 
 
+def test_a_method_with_one_rate_has_nothing_to_choose(tmp_path):
+    rates = {"opd": [6e-4], "va_opd(tau=0.5)": [1e-4, 3e-4]}
+    study = study_of(tmp_path, learning_rates=rates, development_seeds=[100, 101])
+    assert {(str(cell.method), cell.config.optim.lr) for cell in development_cells(study)} == {
+        ("va_opd(tau=0.5)", 1e-4),
+        ("va_opd(tau=0.5)", 3e-4),
+    }
+    compared = comparison_cells(study, {(None, "va_opd(tau=0.5)"): 3e-4})
+    assert {(str(cell.method), cell.config.optim.lr) for cell in compared} == {("opd", 6e-4), ("va_opd(tau=0.5)", 3e-4)}
+    fixed = study_of(tmp_path, learning_rates={"opd": [6e-4], "va_opd(tau=0.5)": [1e-4]})
+    assert development_cells(fixed) == []
+
+
 def test_numbers_alone_need_no_samples_and_no_tracker(tmp_path):
     (cell, _) = comparison_cells(study_of(tmp_path, keep="numbers"), {})
     assert (cell.config.eval.samples, cell.config.trackers) == (0, ())
@@ -166,15 +179,24 @@ def test_own_data_of_another_format_is_shortened_too(tmp_path):
         ({"sedes": [1]}, "Did you mean 'seeds'"),
         ({"seeds": [1, 1]}, "seeds must differ"),
         ({"baseline": "opf"}, "none of the methods. Did you mean 'opd'"),
-        ({"learning_rates": [1e-3]}, "belong together"),
+        ({"learning_rates": [1e-3, 1e-2]}, "belong together"),
         ({"development_seeds": [7]}, "belong together"),
-        ({"learning_rates": [1e-3], "development_seeds": [1, 2], "seeds": [2, 3]}, "share 2: a rate chosen on a seed looks better"),
+        ({"learning_rates": [1e-3], "development_seeds": [7]}, "belong together"),
+        ({"learning_rates": [1e-3, 1e-3], "development_seeds": [7]}, "learning_rates of opd must differ"),
+        ({"learning_rates": {"opd": [1e-3]}}, r"learning_rates names opd, the methods are opd, va_opd\(tau=0.5\)"),
+        ({"learning_rates": {"opd": [1e-3], "va_opd(tau=0.5)": []}}, "at least 1"),
+        ({"learning_rates": [1e-3, 1e-2], "development_seeds": [1, 2], "seeds": [2, 3]}, "share 2: a rate chosen on a seed looks better"),
         ({"train_sizes": [9]}, "goes up to 9, but world.train .* 8"),
         ({"train_sizes": [8], "regimes": {"r": {"world": {"train": 4}}}}, "in regime 'r' there are 4"),
         ({"world": None, "recipe": {**RECIPE, "data": OWN}, "regimes": {"r": {"world": {"grain": 1}}}}, "the study has no `world`"),
         ({"world": None, "recipe": {**RECIPE, "data": {"train": "t.jsonl"}}}, "name data.test, or data.eval"),
         (
-            {"world": None, "recipe": {**RECIPE, "data": {"train": "t", "eval": "e"}}, "learning_rates": [0.1], "development_seeds": [9]},
+            {
+                "world": None,
+                "recipe": {**RECIPE, "data": {"train": "t", "eval": "e"}},
+                "learning_rates": [0.1, 1],
+                "development_seeds": [9],
+            },
             "chosen on data.eval and compared on data.test",
         ),
     ],

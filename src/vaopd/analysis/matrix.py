@@ -67,14 +67,15 @@ def places(study: StudyConfig) -> list[Place]:
 
 
 def development_cells(study: StudyConfig) -> list[Cell]:
-    """Every method at every learning rate on the development seeds, once for each regime: at the first student and teacher and the
-    largest training size. They have no test set: what chooses the rate is the accuracy on `data.eval`.
+    """Every method that has several learning rates, at each of them on the development seeds, once for each regime: at the first student
+    and teacher and the largest training size. They have no test set: what chooses the rate is the accuracy on `data.eval`.
     """
     size = max(study.train_sizes, default=None)
     found = []
     for place in places(study):
         if place == Place(place.regime, next(iter(study.students), None), next(iter(study.teachers), None), size):
-            for method, rate, seed in product(study.methods, study.learning_rates, study.development_seeds):
+            tried = ((method, rate) for method in study.methods for rate in study.rates_of(method) if len(study.rates_of(method)) > 1)
+            for (method, rate), seed in product(tried, study.development_seeds):
                 name = "-".join([_plain(str(method)), *([place.regime] if place.regime else []), f"lr{rate:g}", f"seed{seed}"])
                 found.append(_cell(study, f"{DEVELOPMENT}/{name}", DEVELOPMENT, place, method, seed, rate))
     return found
@@ -84,12 +85,13 @@ def comparison_cells(study: StudyConfig, rates: Rates) -> list[Cell]:
     """Every method and seed at every place, seed after seed: a study that is stopped is a smaller one with fewer seeds.
 
     Args:
-        rates: the chosen learning rate of each regime and method; empty where the study names no learning rates.
+        rates: the chosen learning rate of each regime and method that had a choice.
     """
     found = []
     for seed, place, method in product(study.seeds, places(study), study.methods):
         name = "-".join([_plain(str(method)), *place.parts, *([f"seed{seed}"] if len(study.seeds) > 1 else [])])
-        found.append(_cell(study, name, COMPARISON, place, method, seed, rates.get((place.regime, str(method)))))
+        only = next(iter(study.rates_of(method)), None)
+        found.append(_cell(study, name, COMPARISON, place, method, seed, rates.get((place.regime, str(method)), only)))
     return found
 
 

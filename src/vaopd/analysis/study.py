@@ -21,7 +21,7 @@ import yaml
 
 from vaopd.analysis.cell import DONE
 from vaopd.analysis.forecast import Forecast, calibrate, dearest, forecast, measured_seconds
-from vaopd.analysis.matrix import COMPARISON, Cell, Place, comparison_cells, development_cells, places, read_json, write_data
+from vaopd.analysis.matrix import COMPARISON, Cell, Place, comparison_cells, development_cells, read_json, write_data
 from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, of_whole_seeds, rates_of, tables
 from vaopd.config import RunConfig, StudyConfig
 from vaopd.data.sources import read_examples
@@ -112,11 +112,7 @@ def foresee(study: StudyConfig) -> list[Forecast]:
     """What the study consists of and how long a cell takes. Draws the data; where a kind has no finished cell, times a few steps."""
     write_data(study)
     development = development_cells(study)
-    # Any rate will do: no cell takes longer at another one.
-    rates = {
-        (place.regime, str(method)): study.learning_rates[0] for place in places(study) for method in study.methods if study.learning_rates
-    }
-    cells = development + comparison_cells(study, rates)
+    cells = development + comparison_cells(study, {})  # at any rate: no cell takes longer at another one
     count = cache(lambda path: len(read_examples(path)) if path else 0)  # cells share their files
     sizes = {cell.name: (count(data.train), count(data.eval), count(data.test)) for cell in cells for data in (cell.config.data,)}
     unknown = [cell for cell in cells if measured_seconds(cell) is None]
@@ -351,7 +347,7 @@ def _axes(study: StudyConfig) -> dict[str, Any]:
         "teachers": study.teachers,
         "train_sizes": list(study.train_sizes),
         "regimes": {name: regime.model_dump(mode="json") for name, regime in study.regimes.items()},
-        "learning_rates": list(study.learning_rates),
+        "learning_rates": study.model_dump(mode="json")["learning_rates"],
         "development_seeds": list(study.development_seeds),
         "world": study.world.model_dump(mode="json") if study.world else None,
         "recipe": study.recipe,
