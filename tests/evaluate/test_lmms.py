@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from vaopd import cli
-from vaopd.errors import ConfigError, EvaluationError, ModelError
+from vaopd.errors import CheckpointError, ConfigError, EvaluationError, ModelError
 from vaopd.evaluate import lmms
 from vaopd.evaluate.lmms import check_drawn, check_judged, evaluate_benchmarks, groups, identity
 from vaopd.evaluate.lmms_benchmarks import BENCHMARKS, Part
 from vaopd.evaluate.lmms_run import FINISHED, Result
+from vaopd.files import claimed
 
 FOUND = {"lmms-eval": "0.7.3", "vaopd": "0.1.0"}
 AI2D = BENCHMARKS["ai2d"]
@@ -55,6 +56,12 @@ def test_a_file_in_the_place_of_the_folder_is_said_before_anything_runs(runs, tm
     (tmp_path / "out").write_text("")
     with pytest.raises(ConfigError, match=r"--out .*out can't be a folder \(File exists\)"):
         evaluate_benchmarks("builtin:student", ["ai2d"], tmp_path / "out", k=1)
+    assert runs == []
+
+
+def test_a_folder_takes_one_evaluation_at_a_time(runs, tmp_path):
+    with claimed(tmp_path, "--out FOLDER"), pytest.raises(CheckpointError, match=r"another process is writing .* --out FOLDER"):
+        evaluate_benchmarks("builtin:student", ["ai2d"], tmp_path, k=1)
     assert runs == []
 
 

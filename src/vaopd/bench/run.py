@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from vaopd.bench.step import measure_scaling, measure_steps
 from vaopd.bench.trainer import measure_trainers
 from vaopd.bench.work import measure_work
 from vaopd.errors import ConfigError
+from vaopd.train.card import package_versions
 
 PACKAGES = ("vaopd", "torch", "transformers", "accelerate", "trl", "liger-kernel", "datasets")
 LEAST_ROUNDS = 5
@@ -77,8 +77,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads used": 1,
         "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **package_versions(PACKAGES),
     }
 
 
@@ -90,13 +89,6 @@ def _processor() -> str:
         lines = []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def write_json(results: Results, path: Path) -> None:

@@ -19,6 +19,7 @@ from vaopd.errors import ConfigError, EvaluationError, ModelError
 from vaopd.evaluate.lmms_benchmarks import BENCHMARKS, VERSION, Benchmark, average, chosen, score, standard_error
 from vaopd.evaluate.lmms_judge import Judge, relay
 from vaopd.evaluate.lmms_run import OURS, Result, Settings, finished, run, versions
+from vaopd.files import claimed, replace_text
 from vaopd.models.load import BUILTIN, locate
 
 PYTHON_VARIABLE = "VAOPD_LMMS_PYTHON"
@@ -60,7 +61,7 @@ def evaluate_benchmarks(
 
     Raises:
         ConfigError, ModelError: before anything is run.
-        CheckpointError: `out` is of another evaluation.
+        CheckpointError: `out` is of another evaluation, or another process is writing to it.
         EvaluationError: a benchmark has no result, or one that can't be trusted.
     """
     benchmarks = chosen(tasks or list(BENCHMARKS), judge=judge is not None)
@@ -75,6 +76,41 @@ def evaluate_benchmarks(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} can't be a folder ({error.strerror}). Name another") from None
+    with claimed(out, "--out FOLDER"):
+        entries = _entries(benchmarks, common, out, k, judge, partial(run, python=interpreter, rows=rows), include, say, on_progress)
+        for name, entry in entries.items():
+            if (entry["truncated"] or 0) > MANY_TRUNCATED:
+                say(f"{name}: {100 * entry['truncated']:.0f} % of the responses were cut at {max_tokens} tokens; raise --max-tokens")
+        result = {
+            "model": model,
+            "weights": common.weights,
+            "k": k,
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "limit": limit,
+            "backend": backend,
+            "model_args": model_args,
+            "versions": found,
+            "benchmarks": entries,
+            "groups": groups(entries),
+        }
+        replace_text(out / RESULT, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _entries(
+    benchmarks: Sequence[Benchmark],
+    common: Settings,
+    out: Path,
+    k: int,
+    judge: Judge | None,
+    run_sample: Callable[..., Result],
+    include: Path | None,
+    say: Say,
+    on_progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """Every benchmark's `summary`, of the samples that are there and of those that are missing, run now."""
     settings = {b.name: replace(common, task=b.task, judge=judge.model if judge and b.judged else None) for b in benchmarks}
     results = {b.name: [finished(_folder(out, b, j), settings[b.name]) for j in range(1, k + 1)] for b in benchmarks}
     done = sum(r is not None for rs in results.values() for r in rs)
@@ -84,31 +120,10 @@ def evaluate_benchmarks(
     entries: dict[str, Any] = {}
     with relay(judge) if judge and any(b.judged for b in benchmarks) else nullcontext() as channel:
         for b in benchmarks:
-            own = partial(run, benchmark=b, settings=settings[b.name], python=interpreter, include=_include(b, include), rows=rows)
+            own = partial(run_sample, benchmark=b, settings=settings[b.name], include=_include(b, include))
             own = partial(own, judge=channel if b.judged else None, key=judge.key if judge else None)
-            drawn = _complete(b, results[b.name], out, own, limit, say, progress)
-            entries[b.name] = summary(b, drawn, settings[b.name])
-    for name, entry in entries.items():
-        if (entry["truncated"] or 0) > MANY_TRUNCATED:
-            say(f"{name}: {100 * entry['truncated']:.0f} % of the responses were cut at {max_tokens} tokens; raise --max-tokens")
-    result = {
-        "model": model,
-        "weights": common.weights,
-        "k": k,
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        "seed": seed,
-        "limit": limit,
-        "backend": backend,
-        "model_args": model_args,
-        "versions": found,
-        "benchmarks": entries,
-        "groups": groups(entries),
-    }
-    unfinished = out / f"{RESULT}.unfinished"
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, out / RESULT)
-    return result
+            entries[b.name] = summary(b, _complete(b, results[b.name], out, own, common.limit, say, progress), settings[b.name])
+    return entries
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vaopd.errors import DataError
+from vaopd.files import replace_text
 from vaopd.report import figures
 from vaopd.report.heat import LEVELS, clip, heat_map_svg, scale_css, significant, visible
 from vaopd.report.read import Json, Run, is_run, number, read_run, read_study, records
@@ -174,9 +174,7 @@ def render(runs: Sequence[Run], title: str, summary: Json, notes: Sequence[str])
 def save(page: str, out: Path) -> Path:
     """Whole or not at all: a reader never sees half a page."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(part, out)
+    replace_text(out, page)
     return out
 
 

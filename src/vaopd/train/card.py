@@ -100,10 +100,10 @@ def model_card(
     return f"---\n{_metadata(config)}---\n\n# {name}, distilled\n\n{lead}\n\n{body}\n"
 
 
-def package_versions() -> dict[str, str]:
-    """Python's and every installed package's that has a say in the result."""
+def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Python's and that of every package which is installed; default: those that have a say in a run's result."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # peft, without the extra

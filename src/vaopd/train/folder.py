@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from PIL import Image
 from vaopd.config import RunConfig, load_config
 from vaopd.data.images import content_hash
 from vaopd.errors import CheckpointError
+from vaopd.files import claimed, replace_text
 
 RECIPE, ACCOUNT = "config.yaml", "data.json"
 # What only decides how a result is computed or kept. The folder may have moved.
@@ -77,29 +76,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         self.write_text(RECIPE, config_yaml)
 
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Inside, no other run on this machine writes to the folder. The claim ends with the process, however it ends.
-
-        Raises:
-            CheckpointError: another process has it.
-        """
-        if not self.writes:
-            yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise CheckpointError(
-                f"another process is writing to {self.path}. Wait for it, or stop it; or give another folder: --set run=FOLDER"
-            ) from None
-        try:
-            yield
-        finally:
-            os.close(handle)
+    def claimed(self) -> AbstractContextManager[None]:
+        """Inside, no other run on this machine writes to the folder (`files.claimed`). Raises CheckpointError: another process has it."""
+        return claimed(self.path, "--set run=FOLDER") if self.writes else nullcontext()
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`: a resumed run writes them again."""
@@ -121,11 +100,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """A whole text file, replaced atomically."""
-        if not self.writes:
-            return
-        unfinished = self.path / f".{name}.unfinished"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self.path / name)
+        if self.writes:
+            replace_text(self.path / name, text)
 
     def picture(self, image: Image.Image) -> str:
         """Store a picture once, under its content; returns its path relative to the folder."""
