@@ -269,7 +269,7 @@ def study(
     plan: Annotated[bool, typer.Option("--plan", help="Show the cells and how long they take, and stop.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes side by side; default: one per core.")] = None,
 ) -> None:
-    """Run methods, students, teachers, data sizes, regimes and seeds side by side, compare them, and write one page (docs/study.md)."""
+    """Run methods, students, teachers, data sizes, regimes and seeds side by side, compare them, and write one page (docs/own_study.md)."""
     config = load_study(_shipped(recipe), overrides or [])
     from vaopd.analysis.study import cores, foresee, run_study
 

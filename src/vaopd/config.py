@@ -352,7 +352,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
 
 
 class StudyConfig(_Strict):
-    """Runs that differ in what is named here and in nothing else: every combination of the axes is a cell (docs/study.md)."""
+    """Runs that differ in what is named here and in nothing else: every combination of the axes is a cell (docs/own_study.md)."""
 
     name: str
     run: Path

@@ -28,7 +28,7 @@ MEANS = ("blind_degraded", "blind_removed", "va", "student_va", "effective_rollo
 
 
 def cell_row(cell: Cell, levels: Sequence[float] = ()) -> Row:
-    """A finished cell's row (docs/study.md).
+    """A finished cell's row (docs/own_study.md).
 
     Args:
         levels: held-out accuracies; for each, when the cell first reached it.

@@ -1,4 +1,4 @@
-"""The statistics of a study: pure functions on numbers, without a model and without scipy (docs/study.md says what each assumes)."""
+"""The statistics of a study: pure functions on numbers, without a model and without scipy (docs/own_study.md says what each assumes)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods × students × teachers × data sizes × regimes × seeds, side by side on the cores (docs/study.md).
+"""Methods × students × teachers × data sizes × regimes × seeds, side by side on the cores (docs/own_study.md).
 
 Every cell is a process of its own with a run folder of its own; a study that was interrupted goes on where it stopped.
 """
