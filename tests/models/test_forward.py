@@ -43,7 +43,8 @@ def test_logits_are_transformers_own_at_the_places_that_predict_each_token(pair:
     with torch.no_grad():
         ours_NV = head_of(model, pair.vocab_size).logits(rows(model, groups, view))
         theirs_NV = torch.cat([reference_logits(model, g.prompt, r, view) for g in groups for r in g.responses])
-    torch.testing.assert_close(ours_NV, theirs_NV, rtol=0, atol=1e-5)
+    # Logits are of size 3 here, and how a sum of 96 is rounded depends on the processor: 1.0e-5 has been seen.
+    torch.testing.assert_close(ours_NV, theirs_NV, rtol=1e-5, atol=1e-5)
 
 
 def test_the_processors_own_output_gives_the_same_logits(pair: Pair) -> None:
@@ -64,7 +65,7 @@ def test_the_processors_own_output_gives_the_same_logits(pair: Pair) -> None:
     with torch.no_grad():
         logits = pair.student(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **inputs).logits
         ours = head_of(pair.student, pair.vocab_size).logits(rows(pair.student, [Group(prompt, (response,), (True,))], ORIGINAL))
-    torch.testing.assert_close(ours, logits[0, prompt_length - 1 : -1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, logits[0, prompt_length - 1 : -1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_two_views_differ_wherever_there_is_an_image(pair: Pair, groups: list[Group]) -> None:
