@@ -405,7 +405,7 @@ class StudyConfig(_Strict):
 
     @model_validator(mode="after")
     def _development_is_apart(self) -> StudyConfig:
-        if any(len(self.rates_of(method)) > 1 for method in self.methods) != bool(self.development_seeds):
+        if bool(self.rates_to_try) != bool(self.development_seeds):
             raise ValueError(
                 "several learning_rates of a method and development_seeds belong together: every rate is run on the development seeds. "
                 "Give both, or no development_seeds and one rate for each method"
@@ -441,6 +441,11 @@ class StudyConfig(_Strict):
     def rates_of(self, method: MethodConfig) -> tuple[float, ...]:
         """The learning rates that are tried for a method; empty: that of the recipe."""
         return self.learning_rates.get(str(method), ()) if isinstance(self.learning_rates, dict) else self.learning_rates
+
+    @property
+    def rates_to_try(self) -> list[tuple[MethodConfig, float]]:
+        """Every method that has several learning rates, with each of them."""
+        return [(method, rate) for method in self.methods if len(rates := self.rates_of(method)) > 1 for rate in rates]
 
     @property
     def is_matrix(self) -> bool:

@@ -216,8 +216,7 @@ def _axes(config: StudyConfig) -> str:
     named = [f"{len(values)} {name}" for name, values in {**sizes, "regimes": config.regimes}.items() if len(values) > 1]
     text = " x ".join([*named, f"{len(config.seeds)} seeds"])
     if config.development_seeds:
-        tried = sum(len(rates) for method in config.methods if len(rates := config.rates_of(method)) > 1)
-        text += f"; {tried} learning rates of the methods on {len(config.development_seeds)} development seeds"
+        text += f"; {len(config.rates_to_try)} learning rates of the methods on {len(config.development_seeds)} development seeds"
     return text
 
 

@@ -74,8 +74,7 @@ def development_cells(study: StudyConfig) -> list[Cell]:
     found = []
     for place in places(study):
         if place == Place(place.regime, next(iter(study.students), None), next(iter(study.teachers), None), size):
-            tried = ((method, rate) for method in study.methods for rate in study.rates_of(method) if len(study.rates_of(method)) > 1)
-            for (method, rate), seed in product(tried, study.development_seeds):
+            for (method, rate), seed in product(study.rates_to_try, study.development_seeds):
                 name = "-".join([_plain(str(method)), *([place.regime] if place.regime else []), f"lr{rate:g}", f"seed{seed}"])
                 found.append(_cell(study, f"{DEVELOPMENT}/{name}", DEVELOPMENT, place, method, seed, rate))
     return found
