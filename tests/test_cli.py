@@ -212,3 +212,18 @@ def test_every_kind_of_mistake_has_an_exit_code_of_its_own() -> None:
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.VaopdError)]
     codes = [kind.exit_code for kind in kinds]
     assert sorted(codes) == list(range(1, len(kinds) + 1))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("va_odp", "Did you mean 'va_opd'?"),
+        ("{va_opd: {tau: -1}}", "tau must be"),
+        ("{va_opd: {tau: 1", "is not valid YAML"),
+        ("sft", "learns from the data's solutions"),
+    ],
+)
+def test_a_weighting_to_probe_is_checked_before_a_model_is_loaded(vaopd, world, method, message):
+    code, _, err = vaopd("probe", "nowhere", "--teacher", "nowhere", "--data", world / "eval.jsonl", "--method", method)
+    assert code == 2
+    assert message in err

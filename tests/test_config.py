@@ -59,7 +59,7 @@ def test_every_methods_numbers_are_its_weightings_fields_and_defaults() -> None:
         assert fields == numbers, name
         assert {key: type(value) for key, value in fields.items()} == {key: type(value) for key, value in numbers.items()}
         config = parse_config(recipe(method=name))
-        assert dataclasses.replace(weighting_of(config, 0), **({"seed": 0} if "seed" in numbers else {})) == WEIGHTINGS[name]()
+        assert dataclasses.replace(weighting_of(config.method, 0), **({"seed": 0} if "seed" in numbers else {})) == WEIGHTINGS[name]()
     assert set(READS_THE_IMAGE_ONCE) < set(METHODS)
 
 
@@ -74,7 +74,7 @@ def test_the_loss_of_a_method(method: str, loss: str) -> None:
 def test_a_method_with_numbers() -> None:
     config = parse_config(recipe(method={"va_opd": {"tau": 0.5, "lam": 0.8}}))
     assert config.method.numbers == {"tau": 0.5, "lam": 0.8}
-    weighting = weighting_of(config, 3)
+    weighting = weighting_of(config.method, 3)
     assert (weighting.tau, weighting.lam, weighting.p_visual) == (0.5, 0.8, 0.2)  # type: ignore[attr-defined]
     assert str(config.method) == "va_opd(tau=0.5, lam=0.8)"
     assert parse_config(recipe(method={"opd": None})).method == parse_config(recipe(method="opd")).method

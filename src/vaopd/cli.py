@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vaopd import terminal
-from vaopd.config import ViewConfig, load_config, load_study, load_world
+from vaopd.config import MethodConfig, ViewConfig, load_config, load_study, load_world
 from vaopd.errors import ConfigError, VaopdError, did_you_mean
 from vaopd.views import VIEWS
 
@@ -200,6 +200,10 @@ def probe(
     other: Annotated[list[str] | None, typer.Option(help="One more model that reads the same responses; may be repeated.")] = None,
     views: Annotated[list[str] | None, typer.Option(help="A view to compare, or all; may be repeated.")] = None,
     gradients: Annotated[bool, typer.Option("--gradients", help="Also what each weighting's gradient is made of; takes minutes.")] = False,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="YAML", help="One more weighting for --gradients: '{va_opd: {tau: 2}}'; may be repeated."),
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="Samples per question.")] = 4,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 1.0,
@@ -211,11 +215,14 @@ def probe(
 ) -> None:
     """Measure where advantage and divergence sit in a model's answers, and what depends on the image (docs/probes.md)."""
     view_config = ViewConfig.from_options(view, view_set or [])
+    methods = [MethodConfig.from_option(text, "--method") for text in method or []]
+    from vaopd.analysis.gradients import weightings_of
     from vaopd.analysis.probe_models import probe_folder
     from vaopd.rollouts.hf import Sampling
 
     _quiet()
     sampling = Sampling(max_tokens, temperature, 1.0, seed)
+    weightings = weightings_of(methods) if gradients or methods else None
     with terminal.counting("probing") as on_progress:
         result = probe_folder(
             model,
@@ -223,7 +230,7 @@ def probe(
             teacher=teacher,
             others=other or [],
             views=views or [],
-            gradients=gradients,
+            weightings=weightings,
             view_config=view_config,
             sampling=sampling,
             k=k,

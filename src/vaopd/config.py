@@ -77,6 +77,14 @@ class MethodConfig(_Strict):
     def _to_yaml(self) -> Any:
         return {self.name: self.numbers} if self.numbers else self.name
 
+    @classmethod
+    def from_option(cls, text: str, where: str) -> MethodConfig:
+        """A method from the command line, `va_opd` or `{va_opd: {tau: 0.5}}`. Raises ConfigError."""
+        try:
+            return _parse(cls, _read_yaml(text), where)
+        except (yaml.YAMLError, ValueError):
+            raise ConfigError(f"{where}: '{text}' is not valid YAML. Give va_opd, or '{{va_opd: {{tau: 0.5}}}}'") from None
+
     @property
     def off_policy(self) -> bool:
         """Whether the responses come from the data's solutions."""
@@ -553,7 +561,7 @@ def _read_yaml(text: str) -> Any:
         raise yaml.YAMLError("it is nested too deeply") from None
 
 
-def _parse(kind: type[_Config], values: dict[str, Any], where: str) -> _Config:
+def _parse(kind: type[_Config], values: Any, where: str) -> _Config:
     try:
         return kind.model_validate(values)
     except ValidationError as error:

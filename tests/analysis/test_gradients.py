@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 
 from small_pair import Pair, example, make_group, picture
-from vaopd.analysis.gradients import WEIGHTINGS, _accuracy_gradient, _across, _Batch, _cosine, _summary, gradient_probe
-from vaopd.core import OPD, TokenOnly, token_log_probs
+from vaopd.analysis.gradients import WEIGHTINGS, _accuracy_gradient, _across, _Batch, _cosine, _summary, gradient_probe, weightings_of
+from vaopd.config import MethodConfig
+from vaopd.core import OPD, VAOPD, TokenOnly, Weighting, token_log_probs
+from vaopd.errors import ConfigError
 from vaopd.models.forward import head_of, rows
 from vaopd.teachers.local import LocalTeacher
 from vaopd.types import ORIGINAL, Group
@@ -23,10 +27,14 @@ def groups(pair: Pair) -> list[Group]:
     return [make_group(prompt, [5, 5, 5], seed) for seed, prompt in enumerate(prompts)]
 
 
-def run(pair: Pair, groups: list[Group], right: list[list[float]] | None = None, batches: int = 2) -> dict[str, dict[str, float]]:
-    teacher = LocalTeacher(pair.teacher, vocab_size=pair.vocab_size, forward=rows, tokens_per_forward=10_000)
+def scorer(pair: Pair, model: Any) -> LocalTeacher:
+    return LocalTeacher(model, vocab_size=pair.vocab_size, forward=rows, tokens_per_forward=10_000)
+
+
+def run(pair: Pair, groups: list[Group], weightings: Mapping[str, Weighting] = WEIGHTINGS, batches: int = 2) -> dict[str, dict[str, float]]:
     classes = [CLASSES[i % 5] for group in groups for _ in group.responses for i in range(5)]
-    return gradient_probe(pair.fresh(), rows, pair.vocab_size, teacher, groups, classes, right, deadband=0.0, batches=batches)
+    student, teacher = scorer(pair, pair.fresh()), scorer(pair, pair.teacher)
+    return gradient_probe(student, teacher, groups, classes, None, deadband=0.0, weightings=weightings, batches=batches)
 
 
 def test_shares_add_up_and_opd_agrees_with_itself(pair: Pair, groups: list[Group]) -> None:
@@ -48,12 +56,9 @@ def test_batches_of_the_same_groups_have_no_noise(pair: Pair, groups: list[Group
 
 def test_a_part_whose_weight_is_zero_has_no_share(pair: Pair, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
     """λ = 1: all mass lies on the one token in five of largest advantage, which `towards` holds; λ = |V|/T is OPD itself."""
-    monkeypatch.setattr(
-        "vaopd.analysis.gradients.WEIGHTINGS",
-        {"opd": OPD(), "visual": TokenOnly(lam=1.0, p_visual=0.2), "plain": TokenOnly(lam=0.2, p_visual=0.2)},
-    )
     monkeypatch.setattr("vaopd.analysis.gradients.MOVED", 0.0)
-    found = run(pair, groups[:2] * 2)
+    weightings = {"opd": OPD(), "visual": TokenOnly(lam=1.0, p_visual=0.2), "plain": TokenOnly(lam=0.2, p_visual=0.2)}
+    found = run(pair, groups[:2] * 2, weightings)
     assert found["visual"]["directions"]["against"] == pytest.approx(0, abs=1e-6)
     assert found["visual"]["directions"]["towards"] == pytest.approx(1, abs=1e-4)
     assert abs(found["opd"]["directions"]["against"]) > 1e-3
@@ -108,9 +113,19 @@ def test_products_across_batches_leave_the_noise_out() -> None:
 def test_the_model_is_left_as_it_was(pair: Pair, groups: list[Group]) -> None:
     model = pair.fresh()
     model.requires_grad_(False)
-    teacher = LocalTeacher(pair.teacher, vocab_size=pair.vocab_size, forward=rows, tokens_per_forward=10_000)
-    found = gradient_probe(model, rows, pair.vocab_size, teacher, groups, ["word"] * 60, [[1.0, 0.0, 0.0]] * 4, deadband=0.0, batches=2)
+    student, teacher = scorer(pair, model), scorer(pair, pair.teacher)
+    found = gradient_probe(student, teacher, groups, ["word"] * 60, [[1.0, 0.0, 0.0]] * 4, deadband=0.0, batches=2)
     assert not any(p.requires_grad for p in model.parameters())
     assert all(math.isfinite(entry["norm"]) for entry in found.values())
     with pytest.raises(ValueError, match="two or more"):
-        gradient_probe(model, rows, pair.vocab_size, teacher, groups[:1], ["word"] * 15, None, deadband=0.0, batches=2)
+        gradient_probe(student, teacher, groups[:1], ["word"] * 15, None, deadband=0.0, batches=2)
+
+
+def test_a_weighting_of_ones_own_is_measured_beside_the_named_ones() -> None:
+    """By the name of its method, with its own numbers."""
+    methods = [MethodConfig.from_option(text, "--method") for text in ("{va_opd: {tau: 2}}", "mask_tokens")]
+    found = weightings_of(methods)
+    assert list(found) == [*WEIGHTINGS, "va_opd(tau=2)", "mask_tokens"]
+    assert found["va_opd(tau=2)"] == VAOPD(tau=2)
+    with pytest.raises(ConfigError, match="'sft' learns from the data's solutions"):
+        weightings_of([MethodConfig.from_option("sft", "--method")])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from small_pair import Pair, make_group, mixed_examples, reference_logits
+from vaopd.analysis.gradients import WEIGHTINGS
 from vaopd.analysis.probe_models import Loaded, load, measure, probe, probe_folder
 from vaopd.analysis.probes import (
     by_class,
@@ -209,7 +210,7 @@ def test_the_picture_of_all_views() -> None:
 
 
 def options(**changes: Any) -> dict[str, Any]:
-    return {"gradients": False, "view_config": ViewConfig(), "sampling": Sampling(6, 1.0, 1.0, 1), "k": 2, "rows": 64, **changes}
+    return {"weightings": None, "view_config": ViewConfig(), "sampling": Sampling(6, 1.0, 1.0, 1), "k": 2, "rows": 64, **changes}
 
 
 def test_all_probes_of_a_folder(pair: Pair, data: dict[str, str]) -> None:
@@ -239,7 +240,7 @@ def test_gradients_need_a_question_for_each_batch(pair: Pair, data: dict[str, st
     """Said before anything is sampled: the three questions of the file are fewer than the eight batches."""
     student = loaded(pair, "student")
     with pytest.raises(DataError, match="8 batches of questions, but only 3 have a picture"):
-        probe(student, student, read_examples(data["eval"]), **options(gradients=True))
+        probe(student, student, read_examples(data["eval"]), **options(weightings=WEIGHTINGS))
 
 
 def test_gradients_are_measured_on_request(pair: Pair, data: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +248,7 @@ def test_gradients_are_measured_on_request(pair: Pair, data: dict[str, str], mon
     student, teacher = loaded(pair, "student"), loaded(pair, "teacher")
     told: list[tuple[int, int]] = []
     asked = read_examples(data["eval"])
-    result = probe(student, teacher, asked, on_progress=lambda done, of: told.append((done, of)), **options(gradients=True))
+    result = probe(student, teacher, asked, on_progress=lambda done, of: told.append((done, of)), **options(weightings=WEIGHTINGS))
     assert told[-1] == (5, 5)
     assert result["gradients"]["opd"]["norm"] > 0
     assert json.loads(json.dumps(result, allow_nan=False)) == result

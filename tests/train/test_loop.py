@@ -607,10 +607,10 @@ def test_the_better_evaluation() -> None:
 
 def test_a_random_weighting_draws_anew_at_every_step(recipe: Callable[..., RunConfig]) -> None:
     config = recipe(method={"random_tokens": {"seed": 2}})
-    seeds = {weighting_of(config, step).seed for step in range(50)}  # type: ignore[attr-defined]
+    seeds = {weighting_of(config.method, step).seed for step in range(50)}  # type: ignore[attr-defined]
     other = recipe(method={"random_tokens": {"seed": 3}})
     assert len(seeds) == 50
-    assert seeds.isdisjoint(weighting_of(other, step).seed for step in range(50))  # type: ignore[attr-defined]
+    assert seeds.isdisjoint(weighting_of(other.method, step).seed for step in range(50))  # type: ignore[attr-defined]
 
 
 def test_a_step_is_given_its_own_weighting(recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -624,7 +624,7 @@ def test_a_step_is_given_its_own_weighting(recipe: Callable[..., RunConfig], mon
     monkeypatch.setattr(loop, "train_step", recording)
     config = recipe(method="random_tokens", data={"eval": None}, optim={"steps": 3})
     train(config)
-    assert given == {step: weighting_of(config, step) for step in (1, 2, 3)}
+    assert given == {step: weighting_of(config.method, step) for step in (1, 2, 3)}
 
 
 def test_a_question_that_is_trained_on_can_not_be_held_out(recipe: Callable[..., RunConfig], data: dict[str, str]) -> None:

@@ -120,7 +120,7 @@ def _calibrate(config: RunConfig, world: WorldConfig | None, folder: Path) -> Co
     prompts, times = [run.renderer(example, run.tools.views) for example in run.train], []
     for step in range(1, STEPS + 1):
         began = time.perf_counter()
-        train_step(prompts, step, weighting_of(run.config, step), run.tools)
+        train_step(prompts, step, weighting_of(run.config.method, step), run.tools)
         times.append(time.perf_counter() - began)
     engine = sampler(run.student, run.source, held_out_sampling(run.config, 0), rows=config.rollouts.rows)
     asked = [run.renderer(example) for example in run.held_out]

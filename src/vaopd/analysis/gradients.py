@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from vaopd.analysis.probes import CLASSES
+from vaopd.config import MethodConfig
 from vaopd.core import OPD, VAOPD, Head, RolloutOnly, TokenOnly, Weighting, token_coefficients, token_log_probs
 from vaopd.core import fused_weighted_divergence as divergence
-from vaopd.errors import DataError
-from vaopd.models.forward import head_of
+from vaopd.errors import ConfigError, DataError
+from vaopd.teachers.local import LocalTeacher
+from vaopd.train.setup import weighting_of
 from vaopd.train.step import advantages, layout
-from vaopd.types import DEGRADED, ORIGINAL, Group, ResponseForward, Teacher
+from vaopd.types import DEGRADED, ORIGINAL, Group, Teacher
 
 WEIGHTINGS: Mapping[str, Weighting] = {
     "opd": OPD(),
@@ -33,6 +35,16 @@ WEIGHTINGS: Mapping[str, Weighting] = {
 DIRECTIONS = ("towards", "against", "unmoved")  # seeing the image makes the teacher score the token higher, lower, neither
 MOVED = 0.5  # nats between the teacher's two scores from which a token counts as moved
 BATCHES = 8
+
+
+def weightings_of(methods: Sequence[MethodConfig]) -> dict[str, Weighting]:
+    """`WEIGHTINGS` and those of the methods, by name. Raises ConfigError for one that has none, or whose numbers it refuses."""
+    for method in methods:
+        if method.off_policy:
+            raise ConfigError(
+                f"'{method.name}' learns from the data's solutions, and the probe has the student's own responses. Leave it out"
+            )
+    return dict(WEIGHTINGS) | {str(method): weighting_of(method, 0) for method in methods}
 
 
 @dataclass(frozen=True)
@@ -51,24 +63,24 @@ def check_questions(count: int, which: str) -> None:
 
 
 def gradient_probe(
-    model: nn.Module,
-    forward: ResponseForward,
-    vocab_size: int,
+    student: LocalTeacher,
     teacher: Teacher,
     groups: Sequence[Group],
     classes: Sequence[str],
     right: Sequence[Sequence[float]] | None,
     *,
     deadband: float,
+    weightings: Mapping[str, Weighting] = WEIGHTINGS,
     batches: int | None = None,
 ) -> dict[str, Any]:
-    """The gradient of every weighting of `WEIGHTINGS` on these responses.
+    """The gradient of every weighting on these responses.
 
     Args:
-        model: the student; its gradients are taken, its parameters stay as they are.
+        student: gradients of its model are taken; the parameters stay as they are.
         groups: the student's responses, every one with a token.
         classes: `token_class` of every token, in order.
         right: for each group, whether each response is right; None: no answers are known.
+        weightings: by name; `opd` must be among them, since the others are compared with it.
         batches: the groups are split into so many (8), whose differences are the noise. At least 2; all but a rest of the groups are used.
 
     Returns:
@@ -86,7 +98,7 @@ def gradient_probe(
         raise ValueError(
             f"noise is the difference between batches, so two or more are needed, with a group each; found {len(groups)} groups"
         )
-    parameters = list(model.parameters())
+    model, parameters = student.model, list(student.model.parameters())
     before = [p.requires_grad for p in parameters]
     model.requires_grad_(True)
     try:
@@ -95,19 +107,18 @@ def gradient_probe(
             part = slice(index * size, (index + 1) * size)
             tokens = sum(sum(group.lengths) for group in groups[part])
             own = classes[start : start + tokens]
-            measured.append(_measure(model, forward, vocab_size, teacher, groups[part], own, right[part] if right else None, deadband))
+            measured.append(_measure(student, teacher, weightings, groups[part], own, right[part] if right else None, deadband))
             start += tokens
     finally:
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.requires_grad_(grad)
-    return {name: _summary(measured, name) for name in WEIGHTINGS}
+    return {name: _summary(measured, name) for name in weightings}
 
 
 def _measure(
-    model: nn.Module,
-    forward: ResponseForward,
-    vocab_size: int,
+    student: LocalTeacher,
     teacher: Teacher,
+    weightings: Mapping[str, Weighting],
     groups: Sequence[Group],
     classes: Sequence[str],
     right: Sequence[Sequence[float]] | None,
@@ -117,10 +128,11 @@ def _measure(
     original_N, degraded_N = (torch.cat([score.logp_N[view] for score in scores]) for view in (ORIGINAL, DEGRADED))
     hidden_NG = torch.cat([score.hidden_NG for score in scores])
     rollout_N, group_R = layout(groups)
-    hidden_NH, head = forward(model, groups, ORIGINAL), head_of(model, vocab_size)
+    model, head = student.model, student.head
+    hidden_NH = student.forward(model, groups, ORIGINAL)
     parts = _parts(classes, (original_N - degraded_N).cpu())
     total, shares = {}, {}
-    for name, weighting in WEIGHTINGS.items():
+    for name, weighting in weightings.items():
         c_N = token_coefficients(advantages(groups, scores, weighting, deadband), rollout_N, group_R, weighting)
         pieces = {
             part: _gradient(model, _loss(hidden_NH, head, hidden_NG, teacher.head, c_N * member_N.to(c_N), len(groups)))

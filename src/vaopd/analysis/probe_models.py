@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from vaopd.analysis.probes import (
 )
 from vaopd.analysis.view_table import QUESTIONS_AT_ONCE, view_table
 from vaopd.config import ViewConfig
-from vaopd.core import VAOPD, fused_weighted_divergence, visual_advantage, visual_tokens
+from vaopd.core import VAOPD, Weighting, fused_weighted_divergence, visual_advantage, visual_tokens
 from vaopd.data.render import Renderer
 from vaopd.data.sources import read_examples
 from vaopd.errors import ConfigError, DataError, did_you_mean
@@ -99,7 +99,7 @@ def probe(
     deadband: float = DEADBAND,
     others: Sequence[Loaded] = (),
     views: Sequence[str] = (),
-    gradients: bool = False,
+    weightings: Mapping[str, Weighting] | None = None,
     on_progress: OnProgress = lambda done, of: None,
 ) -> dict[str, Any]:
     """All probes on the student's K responses to every question that has a picture.
@@ -107,22 +107,23 @@ def probe(
     Args:
         others: more models, for instance other checkpoints, whose reading of the same responses is compared.
         views: names of views to put side by side; none: no such table.
-        gradients: also `vaopd.analysis.gradients`, which takes minutes and holds some fifty gradients of the student.
+        weightings: by name, those whose gradients are measured (`vaopd.analysis.gradients`), `opd` among them; takes minutes and holds
+            a dozen gradients of the student for each; None: no gradients.
 
     Returns:
         the JSON that docs/probes.md describes.
 
     Raises:
-        DataError: no question has a picture, or too few for `gradients`, or the student gives no response with a token.
+        DataError: no question has a picture, or too few for gradients, or the student gives no response with a token.
     """
     asked = [example for example in examples if example.images]
     if not asked:
         raise DataError("no question has a picture, so nothing can depend on one. Give data with images")
-    if gradients:
+    if weightings:
         check_questions(len(asked), "have a picture")
     graded = all(example.answer is not None for example in asked)
     conditions = CONDITIONS if graded else CONDITIONS[:1]
-    parts = len(conditions) + 1 + bool(views) + gradients
+    parts = len(conditions) + 1 + bool(views) + bool(weightings)
     renderer = Renderer(student.source.processor, view_config.make())
     answers = {}
     for condition in conditions:
@@ -145,14 +146,14 @@ def probe(
     if views:
         chosen = {name: view_config.make() if name == view_config.name else ViewConfig.from_options(name).make() for name in views}
         result["views"] = view_table(teacher.scorer, student.source.processor, asked, groups, chosen, measured.a_N, deadband)
-        on_progress(parts - gradients, parts)
-    if gradients:
-        result["gradients"] = _gradients(student, teacher, answers["seeing"], deadband)
+        on_progress(parts - bool(weightings), parts)
+    if weightings:
+        result["gradients"] = _gradients(student, teacher, answers["seeing"], weightings, deadband)
         on_progress(parts, parts)
     return result
 
 
-def _gradients(student: Loaded, teacher: Loaded, answers: Answers, deadband: float) -> dict[str, Any]:
+def _gradients(student: Loaded, teacher: Loaded, answers: Answers, weightings: Mapping[str, Weighting], deadband: float) -> dict[str, Any]:
     """Of the questions of which every response has a token: others would compare fewer siblings."""
     whole = [index for index, group in enumerate(answers.groups) if all(group.lengths)]
     check_questions(len(whole), "were answered by every sample")
@@ -160,8 +161,7 @@ def _gradients(student: Loaded, teacher: Loaded, answers: Answers, deadband: flo
     pieces = token_pieces(student.source.processor.tokenizer)
     classes = [token_class(text) for group in groups for response in group.responses for text in pieces(response)]
     right = None if answers.correct_QK is None else [answers.correct_QK[index].tolist() for index in whole]
-    scorer = student.scorer
-    return gradient_probe(scorer.model, scorer.forward, scorer.vocab_size, teacher.scorer, groups, classes, right, deadband=deadband)
+    return gradient_probe(student.scorer, teacher.scorer, groups, classes, right, deadband=deadband, weightings=weightings)
 
 
 def measure(student: Loaded, teacher: Loaded, others: Sequence[Loaded], groups: Sequence[Group], deadband: float) -> Measured:
@@ -223,7 +223,7 @@ def probe_folder(
     teacher: str,
     others: Sequence[str],
     views: Sequence[str],
-    gradients: bool,
+    weightings: Mapping[str, Weighting] | None,
     view_config: ViewConfig,
     sampling: Sampling,
     k: int,
@@ -240,7 +240,7 @@ def probe_folder(
     examples = read_examples(data)
     loaded = load([model, teacher, *others])
     options: dict[str, Any] = {"view_config": view_config, "sampling": sampling, "k": k, "rows": rows, "on_progress": on_progress}
-    return probe(loaded[0], loaded[1], examples, others=loaded[2:], views=names, gradients=gradients, **options)
+    return probe(loaded[0], loaded[1], examples, others=loaded[2:], views=names, weightings=weightings, **options)
 
 
 def _view_names(views: Sequence[str]) -> list[str]:

@@ -97,7 +97,7 @@ def _score(run: Run, groups: Sequence[Group], step: int) -> Scored:
         vocab_size=run.source.vocab_size,
         forward=run.forward,
         tokens_per_forward=run.config.optim.tokens_per_forward,
-        weighting=weighting_of(run.config, step),
+        weighting=weighting_of(run.config.method, step),
         deadband=run.config.deadband,
         divergence="reverse_kl" if run.config.loss == "nll" else run.config.loss,
     )

@@ -147,7 +147,7 @@ def _one_step(run: Run, step: int, ahead: PromptsAhead) -> Metrics:
     for group in run.tools.optimizer.param_groups:
         group["lr"] = rate
     with ahead.during(step) as prompts:
-        metrics = train_step(prompts, step, weighting_of(run.config, step), run.tools)
+        metrics = train_step(prompts, step, weighting_of(run.config.method, step), run.tools)
     return {"kind": "train", "step": step, **metrics, "lr": rate, "seconds": round(time.perf_counter() - began, 3)}
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from vaopd import core
-from vaopd.config import RunConfig
+from vaopd.config import MethodConfig, RunConfig
 from vaopd.data.render import Renderer
 from vaopd.data.survey import RowCheck
 from vaopd.data.validate import DataSets, open_sets
@@ -106,7 +106,7 @@ def set_up(config: RunConfig, *, on_check: Callable[[str], None]) -> Run:
 
 def open_models(config: RunConfig, on_check: Callable[[str], None]) -> tuple[Source, Source | None]:
     """Student and teacher before any weight is loaded, and every gate that needs no data. Raises ConfigError, ModelError."""
-    weighting_of(config, 0)
+    weighting_of(config.method, 0)
     _check_divergence(config)
     trackers.check(config.trackers)
     source = open_source(config.student)
@@ -125,12 +125,12 @@ def open_models(config: RunConfig, on_check: Callable[[str], None]) -> tuple[Sou
     return source, teacher
 
 
-def weighting_of(config: RunConfig, step: int) -> core.Weighting:
+def weighting_of(method: MethodConfig, step: int) -> core.Weighting:
     """The method's weighting; a random one draws anew at each step. Raises ConfigError for numbers that it refuses."""
     try:
-        weighting = WEIGHTINGS[config.method.name](**config.method.numbers)
+        weighting = WEIGHTINGS[method.name](**method.numbers)
     except ValueError as error:
-        raise ConfigError(f"method '{config.method.name}': {error}") from None
+        raise ConfigError(f"method '{method.name}': {error}") from None
     if isinstance(weighting, core.RandomTokens | core.MaskTokens):
         return dataclasses.replace(weighting, seed=weighting.seed * 1_000_003 + step)
     return weighting
