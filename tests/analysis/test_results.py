@@ -8,7 +8,7 @@ import pytest
 
 from vaopd.analysis.forecast import Costs, Forecast, estimated_seconds, remaining_seconds
 from vaopd.analysis.matrix import Cell, Place
-from vaopd.analysis.results import cell_row, choose_rates, of_whole_seeds, rates_of, tables
+from vaopd.analysis.results import cell_row, choose_rates, of_whole_seeds, chosen_rates, tables
 from vaopd.config import parse_config
 
 MEASURED = dict.fromkeys(("blind_degraded", "blind_removed", "va", "student_va", "effective_rollouts", "kl", "tokens", "seconds"), 0.5)
@@ -136,7 +136,7 @@ def test_the_rate_is_the_best_on_the_development_seeds_and_the_smaller_of_equals
     assert [entry["lr"] for entry in opd["tried"]] == [1e-5, 1e-4, 1e-3]
     assert opd["tried"][2] == {"lr": 1e-3, "accuracy": pytest.approx(0.4), "seeds": {"7": 0.6, "8": 0.2}}
     assert (sft["chosen"], sft["at_edge"]) == (1e-4, True)
-    assert rates_of([opd, sft]) == {(None, "opd"): 1e-4, (None, "sft"): 1e-4}
+    assert chosen_rates([opd, sft]) == {(None, "opd"): 1e-4, (None, "sft"): 1e-4}
     assert choose_rates([]) == []
 
 

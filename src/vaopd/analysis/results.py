@@ -114,7 +114,7 @@ def choose_rates(rows: Iterable[Row]) -> list[Row]:
     return chosen
 
 
-def rates_of(selection: Sequence[Row]) -> Rates:
+def chosen_rates(selection: Sequence[Row]) -> Rates:
     """(regime, method) -> the chosen rate."""
     return {(row["regime"], row["method"]): row["chosen"] for row in selection}
 

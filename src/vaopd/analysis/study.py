@@ -22,7 +22,7 @@ import yaml
 from vaopd.analysis.cell import DONE
 from vaopd.analysis.forecast import Forecast, calibrate, dearest, forecast, measured_seconds
 from vaopd.analysis.matrix import COMPARISON, Cell, Place, comparison_cells, development_cells, read_json, write_data
-from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, of_whole_seeds, rates_of, tables
+from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, of_whole_seeds, chosen_rates, tables
 from vaopd.config import RunConfig, StudyConfig
 from vaopd.data.sources import read_examples
 from vaopd.errors import ConfigError, DataError, StudyFailed
@@ -84,7 +84,7 @@ def run_study(study: StudyConfig, *, on_progress: OnProgress, workers: int | Non
     development = development_cells(study)
     rows = _run_phase(study, development, [], on_progress, workers, [])
     selection = choose_rates(rows)
-    cells = comparison_cells(study, rates_of(selection))
+    cells = comparison_cells(study, chosen_rates(selection))
     baselines = _baselines(cells)
 
     def so_far(rows: Sequence[Row]) -> None:
