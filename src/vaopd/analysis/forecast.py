@@ -117,14 +117,15 @@ def _calibrate(config: RunConfig, world: WorldConfig | None, folder: Path) -> Co
     began = time.perf_counter()
     run = set_up(config.model_copy(update={"run": folder / "run", "data": data, "trackers": ()}), on_check=lambda text: None)
     start = time.perf_counter() - began + time.process_time()
-    prompts, times = [run.renderer(example, run.tools.views) for example in run.train], []
+    times = []
     for step in range(1, STEPS + 1):
         began = time.perf_counter()
+        prompts = [run.renderer(example, run.tools.views) for example in run.train]
         train_step(prompts, step, weighting_of(run.config.method, step), run.tools)
         times.append(time.perf_counter() - began)
     engine = sampler(run.student, run.source, held_out_sampling(run.config, 0), rows=config.rollouts.rows)
-    asked = [run.renderer(example) for example in run.held_out]
     began = time.perf_counter()
+    asked = [run.renderer(example) for example in run.held_out]
     answers = answer(engine, asked, [example.answer for example in run.held_out], decoder(run.source), k=config.eval.k)
     sampled, scored = time.perf_counter() - began, 0.0
     if run.teacher:
@@ -132,7 +133,7 @@ def _calibrate(config: RunConfig, world: WorldConfig | None, folder: Path) -> Co
         teacher_advantages(run.teacher, answers.groups, run.config.deadband)
         scored = time.perf_counter() - began
     responses = len(asked) * config.eval.k
-    return Costs(min(times[1:]) / (len(prompts) * run.tools.k), sampled / responses, scored / responses, start)
+    return Costs(min(times[1:]) / (len(run.train) * run.tools.k), sampled / responses, scored / responses, start)
 
 
 def _first_rows(source: Path | None, rows: int, folder: Path, name: str) -> Path:
