@@ -8,7 +8,7 @@ import pytest
 
 from vaopd.analysis.forecast import Costs, Forecast, estimated_seconds, remaining_seconds
 from vaopd.analysis.matrix import Cell, Place
-from vaopd.analysis.results import cell_row, choose_rates, of_whole_seeds, chosen_rates, tables
+from vaopd.analysis.results import cell_row, choose_rates, chosen_rates, of_whole_seeds, tables
 from vaopd.config import parse_config
 
 MEASURED = dict.fromkeys(("blind_degraded", "blind_removed", "va", "student_va", "effective_rollouts", "kl", "tokens", "seconds"), 0.5)

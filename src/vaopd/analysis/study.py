@@ -22,7 +22,7 @@ import yaml
 from vaopd.analysis.cell import DONE
 from vaopd.analysis.forecast import Forecast, calibrate, dearest, forecast, measured_seconds
 from vaopd.analysis.matrix import COMPARISON, Cell, Place, comparison_cells, development_cells, read_json, write_data
-from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, of_whole_seeds, chosen_rates, tables
+from vaopd.analysis.results import Row, baseline_row, cell_row, choose_rates, chosen_rates, of_whole_seeds, tables
 from vaopd.config import RunConfig, StudyConfig
 from vaopd.data.sources import read_examples
 from vaopd.errors import ConfigError, DataError, StudyFailed
