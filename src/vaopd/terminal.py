@@ -321,12 +321,16 @@ def _show_matrix(summary: Mapping[str, Any]) -> None:
         say(f"rate of {_where(row, teachers)}: {row['chosen']:g} (held-out accuracy {tried}){edge}")
     header = ("mean over seeds", "runs", f"avg@{summary['k']} [95 %]", "blind", "mean VA", "own gap")
     _show_rows(header, {_where(row, teachers): _mean_cells(row) for row in summary["means"]})
-    if summary["comparisons"]:
-        columns = (f"minus {summary['baseline']}", "points [95 %]", "seeds", "p", "Holm's p")
-        rows = (*summary["comparisons"], *summary["trends"])
-        _show_rows(columns, {_where(row, teachers): _difference_cells(row) for row in rows})
-        smallest = max(row["smallest_p"] for row in summary["comparisons"])
-        say(f"p: two-sided sign-flip test over seeds; so few seeds can't give one below {smallest:.2g}")
+    differences = {
+        f"minus {summary['baseline']}": [*summary["comparisons"], *summary["trends"]],
+        "one method in two settings": summary["settings"],
+    }
+    for title, rows in differences.items():
+        if rows:
+            columns = (title, "points [95 %]", "seeds", "p", "Holm's p")
+            _show_rows(columns, {_where(row, teachers): _difference_cells(row) for row in rows})
+    if tested := [row["smallest_p"] for rows in differences.values() for row in rows]:
+        say(f"p: two-sided sign-flip test over seeds; so few seeds can't give one below {max(tested):.2g}")
     say("mean VA: by the teacher on own answers; own gap: log p(image) - log p(degraded) of the model on fixed answers; nats per token")
     say(f"the runs took {summary['cpu_seconds'] / 60:.0f} minutes of CPU time")
 

@@ -105,6 +105,25 @@ def test_trends_are_differences_of_differences_along_an_axis():
     assert (trend["axis"], trend["first"], trend["last"], trend["points"]["mean"]) == ("train_size", 10, 30, pytest.approx(4))
 
 
+def test_one_method_in_two_settings_is_paired_by_seed_with_a_family_of_its_own():
+    """k1 minus k4: 4, 2, 6 points for OPD; VA-OPD in neither direction. The first value given is what the others are compared with."""
+    accuracies = {"k4": (0.50, 0.52, 0.54), "k1": (0.54, 0.54, 0.60)}
+    rows = [row("opd", a, seed=s, regime=regime) for regime, values in accuracies.items() for s, a in enumerate(values)]
+    rows += [row("va_opd", 0.5, seed=s, regime=regime) for regime in accuracies for s in range(3)]
+    opd, va_opd = tables(rows, "opd")["settings"]
+    assert (opd["method"], opd["axis"], opd["first"], opd["last"], opd["regime"]) == ("opd", "regime", "k4", "k1", None)
+    assert opd["points"]["mean"] == pytest.approx(4)
+    assert opd["points"]["low"] == pytest.approx(4 - 4.30265 * 2 / 3**0.5, abs=1e-4)
+    assert (opd["p"], opd["holm"]) == (0.25, 0.5)
+    assert (va_opd["method"], va_opd["points"]["mean"], va_opd["p"]) == ("va_opd", 0, 1)
+    assert tables([r for r in rows if r["regime"] == "k4"], "opd")["settings"] == []
+    teachers = [row("opd", 0.5 + gain, seed=s, teacher=t) for t, gain in (("S", 0), ("M", 0.01), ("L", 0.03)) for s in (1, 2)]
+    assert [(e["axis"], e["first"], e["last"], round(e["points"]["mean"], 6)) for e in tables(teachers, "opd")["settings"]] == [
+        ("teacher", "S", "M", 1),
+        ("teacher", "S", "L", 3),
+    ]
+
+
 def test_when_a_method_reached_the_baselines_last_accuracy():
     opd = [row("opd", 0.5, seed=s, curve=[(0, 0.3, None, None, 0), (50, 0.6, None, None, 5), (100, 0.55, None, None, 11)]) for s in (1, 2)]
     fast = row("va_opd", 0.5, seed=1, curve=[(0, 0.3, None, None, 0), (50, 0.55, None, None, 8), (100, 0.6, None, None, 16)])

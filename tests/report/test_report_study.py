@@ -51,7 +51,17 @@ def make(folder: Path, rows: list[dict], **summary) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     axes = {"methods": ["opd", "va_opd"], "seeds": [0, 1, 2], "students": {}, "teachers": {}, "train_sizes": [], "regimes": {}}
-    base = {"name": "mine", "study": axes, "baseline": "opd", "questions": 1000, "k": 8, "cpu_seconds": 840, "selection": [], "trends": []}
+    base = {
+        "name": "mine",
+        "study": axes,
+        "baseline": "opd",
+        "questions": 1000,
+        "k": 8,
+        "cpu_seconds": 840,
+        "selection": [],
+        "trends": [],
+        "settings": [],
+    }
     (folder / "summary.json").write_text(json.dumps(base | summary), encoding="utf-8")
     return folder
 
@@ -95,12 +105,15 @@ def test_rates_students_and_trends_show_where_they_are(tmp_path: Path) -> None:
         comparisons=[comparison("va_opd", -0.2, per_student=students, over_students=over)],
         selection=[{"regime": None, "method": "opd", "chosen": 1e-3, "at_edge": True, "tried": tried}],
         trends=[trend],
+        settings=[{**comparison("opd", 16.1), "axis": "regime", "first": "k4", "last": "k1", "regime": None}],
     )
     text = text_of(page_of(write_report(study)))
     for expected in (
         "−0.2 [−1.7, 1.3] [−4.0, 3.6] 3 0.25 0.5",
         "b −2.0 [−3.0, −1.0]",
         "VA-OPD, teacher L against S +2.5",
+        "One method in two settings",
+        "OPD, regime k1 against k4 +16.1",
         "OPD 0.001 ⚠ at the end of the range 0.0001: 50.0 (1) · 0.001: 55.0 (1)",
     ):
         assert expected in text, expected
@@ -137,6 +150,7 @@ def test_nothing_in_the_files_breaks_the_page(tmp_path: Path, value: object) -> 
         "comparisons": [entry, value],
         "means": [mean, value],
         "trends": [entry | {"axis": value}],
+        "settings": [entry | {"axis": value}, value],
         "selection": [{"tried": [{}]}, value],
     }
     rows = [run("opd", 0, 0.5), row, {"kind": "baseline", "method": value}]

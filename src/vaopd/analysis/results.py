@@ -21,6 +21,7 @@ from vaopd.analysis.statistics import (
 from vaopd.train.folder import read_rows
 
 Row = dict[str, Any]
+Pairs = dict[tuple[str, int], float]  # (student, seed) -> a value
 FEWEST_STUDENTS = 3  # for an interval over students
 STRATUM = ("regime", "teacher", "train_size")  # what a comparison holds fixed
 # column of a row -> what its mean over seeds is called; all but the accuracy are described, not tested
@@ -120,7 +121,7 @@ def chosen_rates(selection: Sequence[Row]) -> Rates:
 
 
 def tables(rows: Sequence[Row], baseline: str) -> Row:
-    """`means`, `comparisons` and `trends` of summary.json: accuracies in [0, 1], differences in percentage points.
+    """`means`, `comparisons`, `trends` and `settings` of summary.json: accuracies in [0, 1], differences in percentage points.
 
     Args:
         rows: of the comparison cells.
@@ -134,11 +135,11 @@ def tables(rows: Sequence[Row], baseline: str) -> Row:
         for method in dict.fromkeys(row["method"] for row in members)
         if method != baseline
     ]
-    trends = _trends(comparisons)
-    for family in (comparisons, trends):
+    trends, settings = _trends(comparisons), _settings(rows)
+    for family in (comparisons, trends, settings):
         for entry, adjusted in zip(family, holm([entry["p"] for entry in family]), strict=True):
             entry["holm"] = adjusted
-    return {"baseline": baseline, "means": means, "comparisons": comparisons, "trends": trends}
+    return {"baseline": baseline, "means": means, "comparisons": comparisons, "trends": trends, "settings": settings}
 
 
 def of_whole_seeds(rows: Sequence[Row], cells: int) -> list[Row]:
@@ -177,18 +178,14 @@ def _means(stratum: Row, rows: Sequence[Row]) -> list[Row]:
 
 def _comparison(rows: Sequence[Row], method: str, baseline: str) -> Row:
     """A method minus the baseline, paired by student and seed."""
-    treated, control = ({k: 100 * v for k, v in _accuracies(rows, name).items()} for name in (method, baseline))
-    pairs = paired_differences(treated, control)
+    pairs = paired_differences(_points(rows, method), _points(rows, baseline))
     students = list(dict.fromkeys(student for student, _ in pairs))
-    by_seed = seed_means(pairs)
     over_students = asdict(mean_interval(student_means(pairs))) if len(students) >= FEWEST_STUDENTS else None
     each = [{"student": s, **asdict(mean_interval([v for (own, _), v in pairs.items() if own == s]))} for s in students]
     return {
         "method": method,
         "baseline": baseline,
-        "points": asdict(mean_interval(by_seed)),
-        "p": sign_flip_p(by_seed),
-        "smallest_p": smallest_p(len(by_seed)),
+        **_tested(pairs),
         "pairs": [[student, seed, round(value, 6)] for (student, seed), value in pairs.items()],
         "over_students": over_students,
         "per_student": each if len(students) > 1 else [],
@@ -196,11 +193,18 @@ def _comparison(rows: Sequence[Row], method: str, baseline: str) -> Row:
     }
 
 
-def _accuracies(rows: Sequence[Row], method: str) -> dict[tuple[str, int], float]:
-    return _by_pair([row for row in rows if row["method"] == method], lambda row: row["accuracy"])
+def _tested(pairs: Pairs) -> Row:
+    """Of differences: the mean over seeds with its interval, and the sign-flip test."""
+    by_seed = seed_means(pairs)
+    return {"points": asdict(mean_interval(by_seed)), "p": sign_flip_p(by_seed), "smallest_p": smallest_p(len(by_seed))}
 
 
-def _by_pair(rows: Iterable[Row], value: Callable[[Row], float]) -> dict[tuple[str, int], float]:
+def _points(rows: Sequence[Row], method: str) -> Pairs:
+    """Accuracies in percent."""
+    return _by_pair([row for row in rows if row["method"] == method], lambda row: 100 * row["accuracy"])
+
+
+def _by_pair(rows: Iterable[Row], value: Callable[[Row], float]) -> Pairs:
     return {(row["student"], row["seed"]): value(row) for row in rows}
 
 
@@ -233,15 +237,28 @@ def _trends(comparisons: Sequence[Row]) -> list[Row]:
         for fixed, members in _grouped(comparisons, others).items():
             first, last = members[0], members[-1]
             if first[axis] != last[axis]:
-                pairs = paired_differences(_pairs(last), _pairs(first))
-                by_seed = seed_means(pairs)
                 ends = {"axis": axis, "first": first[axis], "last": last[axis], "baseline": first["baseline"]}
-                tested = {"points": asdict(mean_interval(by_seed)), "p": sign_flip_p(by_seed), "smallest_p": smallest_p(len(by_seed))}
+                tested = _tested(paired_differences(_pairs(last), _pairs(first)))
                 found.append({**dict(zip(others, fixed, strict=True)), axis: None, **ends, **tested})
     return found
 
 
-def _pairs(comparison: Row) -> dict[tuple[str, int], float]:
+def _settings(rows: Sequence[Row]) -> list[Row]:
+    """One method in two settings: at each value of a regime, teacher or training size minus the first, paired by student and seed."""
+    found = []
+    for axis in STRATUM:
+        others = [key for key in (*STRATUM, "method") if key != axis]
+        for fixed, members in _grouped(rows, others).items():
+            (first, control), *rest = _grouped(members, [axis]).items()
+            for value, treated in rest:
+                ends = {"axis": axis, "first": first[0], "last": value[0]}
+                method = members[0]["method"]
+                tested = _tested(paired_differences(_points(treated, method), _points(control, method)))
+                found.append({**dict(zip(others, fixed, strict=True)), axis: None, **ends, **tested})
+    return found
+
+
+def _pairs(comparison: Row) -> Pairs:
     return {(student, seed): value for student, seed, value in comparison["pairs"]}
 
 

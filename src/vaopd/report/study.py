@@ -111,6 +111,7 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
         "comparisons": [difference_row(entry, colours, varied) for entry in comparisons],
         "hidden_differences": max(0, len(comparisons) - MOST_DIFFERENCES),
         "trends": [difference_row(entry, colours, varied) for entry in trends],
+        "in_settings": [difference_row(entry, colours, varied) for entry in study.listed("settings")[:MOST_DIFFERENCES]],
         "smallest_p": significance(max((p for entry in comparisons if (p := number(entry.get("smallest_p"))) is not None), default=None)),
         "several_students": any(entry.get("per_student") for entry in comparisons),
         "means": mean_rows(study, colours, varied),
