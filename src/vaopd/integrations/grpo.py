@@ -3,14 +3,16 @@
 Student, data, prompts and rollouts of a step, sampling, optimiser, schedule and evaluations are the recipe's; the loss is GRPO with TRL's
 defaults and the reward 1 for a right final answer, else 0. `method` has no part in it, and the teacher none but in the evaluations.
 
-`pip install 'vaopd[trl]'`, then `python -m vaopd.integrations.grpo RECIPE [--set KEY=VALUE]…`. The run folder has `config.yaml`,
-`metrics.jsonl`, `eval.json` and `model/` of docs/run_folder.md. A run that was stopped starts anew.
+`pip install 'vaopd[trl]'`, then `python -m vaopd.integrations.grpo RECIPE [--set KEY=VALUE]…`. The run folder has
+`config.yaml`, `eval.json` and `model/` as docs/run_folder.md says, and `metrics.jsonl`, whose training rows have TRL's numbers. A run that
+was stopped starts anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from vaopd.evaluate.grade import is_correct
 from vaopd.models.export import export_model
 from vaopd.train.evaluation import evaluate_step, final_evaluation
 from vaopd.train.folder import RunFolder
-from vaopd.train.setup import Run, set_up
+from vaopd.train.setup import Run, precision, set_up
 from vaopd.types import Example
 
 try:
@@ -52,6 +54,8 @@ def train_grpo(config: RunConfig, say: Say = print) -> Path:
     _check(config)
     RunFolder(config.run).check(config, resume=False)
     run = set_up(config, on_check=say)
+    if run.tools.accelerator.num_processes > 1:
+        raise ConfigError("GRPO is run here in one process. Start it without accelerate launch")
     missing = [example.id for example in run.train if example.answer is None]
     if missing:
         raise DataError(f"GRPO rewards right answers, but {len(missing)} training questions have none, '{missing[0]}' the first")
@@ -104,7 +108,7 @@ def arguments(config: RunConfig, steps: int) -> GRPOConfig:
         adam_beta2=optim.betas[1],
         max_grad_norm=optim.clip,
         gradient_checkpointing=optim.checkpointing,
-        bf16=False,
+        bf16=precision(config) == "bf16",
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         logging_steps=1,
@@ -179,7 +183,8 @@ def main() -> None:
     try:
         folder = train_grpo(load_config(given.recipe, given.overrides))
     except VaopdError as error:
-        raise SystemExit(f"error  {error}") from None
+        print(f"error  {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     print(f"run: {folder}")
 
 
