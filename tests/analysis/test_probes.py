@@ -248,7 +248,9 @@ def test_gradients_are_measured_on_request(pair: Pair, data: dict[str, str], mon
     student, teacher = loaded(pair, "student"), loaded(pair, "teacher")
     told: list[tuple[int, int]] = []
     asked = read_examples(data["eval"])
-    result = probe(student, teacher, asked, on_progress=lambda done, of: told.append((done, of)), **options(weightings=WEIGHTINGS))
+    weightings = {"opd": WEIGHTINGS["opd"], "va_opd(tau=2)": VAOPD(tau=2)}
+    result = probe(student, teacher, asked, on_progress=lambda done, of: told.append((done, of)), **options(weightings=weightings))
+    assert list(result["gradients"]) == list(weightings)
     assert told[-1] == (5, 5)
     assert result["gradients"]["opd"]["norm"] > 0
     assert json.loads(json.dumps(result, allow_nan=False)) == result

@@ -14,6 +14,7 @@ from small_pair import Pair
 from vaopd.config import parse_config
 from vaopd.data.sources import read_examples
 from vaopd.errors import ConfigError, DataError
+from vaopd.models.load import load_model, open_source
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -74,6 +75,26 @@ def test_a_run_is_rewarded_by_the_answers_and_keeps_the_best_weights(
     moved = any(not torch.equal(before[name].float(), after[name].float()) for name in after if name in before)
     best = max(evaluations, key=lambda row: (row["accuracy"], -row["step"]))
     assert moved == (best["step"] > 0)
+
+
+def test_the_weights_of_the_best_evaluation_are_kept(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first nor the last of three: held-out accuracies are 0.1, 0.5, 0.3."""
+    accuracies, seen = {0: 0.1, 1: 0.5, 2: 0.3}, {}
+
+    def scripted(run: Any, step: int) -> Any:
+        seen[step] = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+        return {"kind": "eval", "step": step, "accuracy": accuracies[step]}, []
+
+    monkeypatch.setattr("vaopd.integrations.grpo.evaluate_step", scripted)
+    monkeypatch.setattr("vaopd.integrations.grpo.is_correct", lambda text, answer: len(text) % 2 == 0)
+    config = parse_config({**recipe, "optim": {**recipe["optim"], "schedule": "constant"}}, where="recipe")
+    kept = load_model(open_source(str(train_grpo(config, say=lambda text: None) / "model")), dtype=torch.float32)
+
+    def distance(step: int) -> float:
+        return max(float((p - seen[step][name]).abs().max()) for name, p in kept.named_parameters())
+
+    assert distance(1) == min(distance(step) for step in seen)
+    assert min(distance(0), distance(2)) > 10 * distance(1)
 
 
 def test_trl_asks_what_the_package_asks(recipe: dict[str, Any], pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
