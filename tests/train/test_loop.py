@@ -24,6 +24,7 @@ from vaopd.models.load import load_model, open_source
 from vaopd.rollouts.given import GivenEngine
 from vaopd.teachers.local import LocalTeacher
 from vaopd.train import checkpoint, loop
+from vaopd.train.evaluation import better
 from vaopd.train.folder import RunFolder, read_rows
 from vaopd.train.loop import Progress, train
 from vaopd.train.schedule import learning_rate
@@ -596,13 +597,13 @@ def test_the_better_evaluation() -> None:
     def row(accuracy: float | None, kl: float | None = None) -> dict[str, Any]:
         return {"accuracy": accuracy, "kl": kl}
 
-    assert loop._better(row(0.6, 9.0), row(0.5, 1.0))
-    assert not loop._better(row(0.5, 1.0), row(0.6, 9.0))
-    assert loop._better(row(0.0, 1.0), row(0.0, 9.0)), "equal: the nearer to the teacher, also before the first right answer"
-    assert not loop._better(row(0.5, 1.0), row(0.5, 1.0)), "nothing tells them apart: the earlier"
-    assert loop._better(row(None, 0.9), row(None, 1.0))
-    assert not loop._better(row(None, 1.1), row(None, 1.0))
-    assert loop._better(row(None), row(None)), "nothing to choose by: the later"
+    assert better(row(0.6, 9.0), row(0.5, 1.0))
+    assert not better(row(0.5, 1.0), row(0.6, 9.0))
+    assert better(row(0.0, 1.0), row(0.0, 9.0)), "equal: the nearer to the teacher, also before the first right answer"
+    assert not better(row(0.5, 1.0), row(0.5, 1.0)), "nothing tells them apart: the earlier"
+    assert better(row(None, 0.9), row(None, 1.0))
+    assert not better(row(None, 1.1), row(None, 1.0))
+    assert better(row(None), row(None)), "nothing to choose by: the later"
 
 
 def test_a_random_weighting_draws_anew_at_every_step(recipe: Callable[..., RunConfig]) -> None:

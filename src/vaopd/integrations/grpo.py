@@ -27,8 +27,9 @@ from vaopd.data.sources import split_marks
 from vaopd.errors import ConfigError, DataError, VaopdError
 from vaopd.evaluate.grade import is_correct
 from vaopd.models.export import export_model
-from vaopd.train.evaluation import evaluate_step, final_evaluation
+from vaopd.train.evaluation import better, evaluate_step, final_evaluation
 from vaopd.train.folder import RunFolder
+from vaopd.train.metrics import Metrics
 from vaopd.train.setup import Run, precision, set_up
 from vaopd.types import Example
 
@@ -124,15 +125,15 @@ class _Watch(TrainerCallback):
     def __init__(self, run: Run, say: Say) -> None:
         self.run, self.say = run, say
         self.best: dict[str, Tensor] = {}
-        self.accuracy = -1.0
+        self.best_row: Metrics = {}
         self.seconds = self.begun = 0.0
 
     def evaluate(self, step: int) -> None:
         row, _ = evaluate_step(self.run, step)
         self.run.folder.append(self.run.folder.metrics, row)
         self.say(f"step {step}: held-out accuracy {100 * row['accuracy']:.1f} %")
-        if row["accuracy"] > self.accuracy:
-            self.accuracy, self.best = row["accuracy"], copy.deepcopy(self.run.student.state_dict())
+        if not self.best or better(row, self.best_row):
+            self.best_row, self.best = row, copy.deepcopy(self.run.student.state_dict())
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.begun = time.process_time()

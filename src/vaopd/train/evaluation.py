@@ -41,6 +41,13 @@ def evaluate_step(run: Run, step: int) -> tuple[Metrics, list[dict[str, Any]]]:
     return row, [_sample_row(run, step, asked[q], answers, q, scored[q]) for q in range(min(config.eval.samples, len(asked)))]
 
 
+def better(row: Metrics, best: Metrics) -> bool:
+    """By accuracy; where it is equal, or the data has no answers, by the divergence from the teacher; with neither, the later one."""
+    if row["accuracy"] != best["accuracy"]:
+        return bool(row["accuracy"] > best["accuracy"])
+    return row["kl"] is None or bool(row["kl"] < best["kl"])
+
+
 def final_evaluation(run: Run, on_final: Callable[[str, int, int], None]) -> dict[str, Any]:
     """`eval.json` (docs/run_folder.md): the best weights, which the student now holds, beside the untrained student and the teacher."""
     config = run.config

@@ -15,7 +15,7 @@ from vaopd.models.export import export_model
 from vaopd.models.lora import adapters, save_adapter
 from vaopd.train import checkpoint, trackers
 from vaopd.train.card import write_card
-from vaopd.train.evaluation import evaluate_step, final_evaluation
+from vaopd.train.evaluation import better, evaluate_step, final_evaluation
 from vaopd.train.folder import ACCOUNT, RunFolder
 from vaopd.train.health import gap_warning, noise_floor, noise_warning, peak_memory, truncation_warning
 from vaopd.train.metrics import Metrics
@@ -175,18 +175,11 @@ def _evaluate(run: Run, step: int, progress: Progress) -> None:
         for sample in samples:
             run.folder.append(run.folder.samples, sample)
         trackers.log_samples(run.tools.accelerator, step, samples)
-        if best is None or _better(row, best):
+        if best is None or better(row, best):
             run.state["best"] = {"step": step, "accuracy": row["accuracy"], "kl": row["kl"]}
     else:  # nothing to choose by: the last is the best
         run.state["best"] = {"step": step, "accuracy": None, "kl": None}
     _save(run, step)
-
-
-def _better(row: Metrics, best: Metrics) -> bool:
-    """By accuracy; where it is equal, or the data has no answers, by the divergence from the teacher; with neither, the later one."""
-    if row["accuracy"] != best["accuracy"]:
-        return bool(row["accuracy"] > best["accuracy"])
-    return row["kl"] is None or bool(row["kl"] < best["kl"])
 
 
 def _save(run: Run, step: int) -> None:
