@@ -119,6 +119,15 @@ def test_rates_students_and_trends_show_where_they_are(tmp_path: Path) -> None:
         assert expected in text, expected
 
 
+def test_one_method_in_settings_says_how_small_p_can_be(tmp_path: Path) -> None:
+    rows = [run("opd", seed, 0.6, regime=regime) for regime in ("k4", "k1") for seed in range(3)]
+    setting = {**comparison("opd", 16.1), "axis": "regime", "first": "k4", "last": "k1", "regime": None}
+    means_of = [means("opd", 0.5, regime=regime) for regime in ("k4", "k1")]
+    text = text_of(page_of(write_report(make(tmp_path / "study", rows, comparisons=[], means=means_of, settings=[setting]))))
+    for expected in ("There is one method only", "cannot be below 0.25. Holm’s p is corrected for the 1 comparison of its table."):
+        assert expected in text, expected
+
+
 def test_a_page_of_hundreds_of_runs_stays_small(tmp_path: Path) -> None:
     regimes = [f"r{i}" for i in range(36)]
     rows = [run(m, s, 0.5, regime=r, student=st) for r in regimes for m in ("opd", "va_opd") for s in range(4) for st in "abc"]

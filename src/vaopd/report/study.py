@@ -98,7 +98,8 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
     made_with = records_of(summary.get("versions"))
     settings = axes | ({"versions": made_with} if made_with else {})
     seconds = number(summary.get("cpu_seconds"))
-    comparisons, trends = study.listed("comparisons"), study.listed("trends")
+    comparisons, trends, in_settings = (study.listed(name) for name in ("comparisons", "trends", "settings"))
+    limits = [p for entry in (*comparisons, *trends, *in_settings) if (p := number(entry.get("smallest_p"))) is not None]
     return {
         "title": clip(summary.get("name") or name, 80),
         "notes": [*study.notes, *unfinished(summary)],
@@ -111,8 +112,8 @@ def context(study: Study, name: str, most_cells: int, most_strata: int) -> Json:
         "comparisons": [difference_row(entry, colours, varied) for entry in comparisons],
         "hidden_differences": max(0, len(comparisons) - MOST_DIFFERENCES),
         "trends": [difference_row(entry, colours, varied) for entry in trends],
-        "in_settings": [difference_row(entry, colours, varied) for entry in study.listed("settings")[:MOST_DIFFERENCES]],
-        "smallest_p": significance(max((p for entry in comparisons if (p := number(entry.get("smallest_p"))) is not None), default=None)),
+        "in_settings": [difference_row(entry, colours, varied) for entry in in_settings],
+        "smallest_p": significance(max(limits, default=None)),
         "several_students": any(entry.get("per_student") for entry in comparisons),
         "means": mean_rows(study, colours, varied),
         "figures": [stratum_figures(place, rows, colours, varied, i) for i, (place, rows) in enumerate(list(strata.items())[:most_strata])],
