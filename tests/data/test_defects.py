@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from defects import BAD_SETS, DEFECTS, GOOD, LEGAL, BadSet, write_defects
+from PIL import Image
 from small_processor import encoded, noise
 from typer.testing import CliRunner
 
@@ -173,8 +177,12 @@ def test_a_repeated_question_is_mentioned(validate: Validate, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_fifty_photographs_a_second(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Of a megapixel, as JPEG, with every check that `vaopd validate` makes of a row. In one core's time: others may use the machine."""
+def test_a_photograph_takes_little_more_than_decoding_and_hashing(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """A JPEG of a megapixel, with every check that `vaopd validate` makes of a row: beside Pillow's decoding and a hash of the pixels.
+
+    In processor time, since others may use the machine, and the best of three turns: a fixed number of photographs a second holds on
+    one kind of processor and not on the next.
+    """
     photo = noise(96, 96).resize((1152, 864))
     (tmp_path / "photo.jpg").write_bytes(encoded(photo, "JPEG", quality=90))
     rows = [{"images": ["photo.jpg"], "problem": f"What is at place {number}?"} for number in range(256)]
@@ -184,9 +192,26 @@ def test_fifty_photographs_a_second(recipe: Callable[..., RunConfig], tmp_path: 
     source, teacher = open_models(config, lambda text: None)
     assert teacher is not None
     check = row_check(config, (source, teacher), Renderer(source.processor))
-    began = time.process_time()
+
+    pixels = photo.tobytes()
+
+    def least(_: object) -> None:
+        Image.open(tmp_path / "photo.jpg").load()
+        hashlib.sha256(pixels).digest()
+
+    def unavoidable() -> None:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # as `survey` does: threads slow one another
+            list(pool.map(least, rows))
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    turns = [(seconds(unavoidable), seconds(lambda: survey(path, check=check))) for _ in range(3)]
+    least_time, checked = (min(times) for times in zip(*turns, strict=True))
+    print(f"{len(rows) / checked:.0f} photographs a second of one core, {checked / least_time:.2f} of the least")
+    assert checked <= 1.8 * least_time
     found = survey(path, check=check)
-    speed = found.pictures / (time.process_time() - began)
-    print(f"{speed:.0f} photographs a second of one core")
-    assert speed >= 50
+    assert found.pictures == 256
     assert len(found.tokens) == 256

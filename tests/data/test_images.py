@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import struct
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 from small_processor import encoded, noise
 
-from vaopd.data.images import MAX_PIXELS, content_hash, decode, png_bytes
+from vaopd.data.images import MAX_PIXELS, STRIP, content_hash, decode, png_bytes
 from vaopd.errors import DataError
 
 GREY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)  # wider than high: a rotation shows
@@ -145,6 +146,13 @@ def test_content_decides_not_the_name(tmp_path: Path) -> None:
 def test_hash_separates_shape_and_pixels() -> None:
     assert content_hash(Image.new("RGB", (2, 3))) != content_hash(Image.new("RGB", (3, 2)))
     assert content_hash(noise(seed=0)) != content_hash(noise(seed=1))
+
+
+def test_hash_is_of_every_pixel_of_a_picture_of_many_strips() -> None:
+    """Those of the last, shorter strip and of one that is wider than a strip too."""
+    for image in (noise(300, 500), noise(STRIP + 1, 2)):
+        whole = hashlib.sha256(f"RGB {image.width} {image.height}\n".encode() + image.tobytes())
+        assert content_hash(image) == whole.hexdigest()
 
 
 def test_png_bytes_round_trip() -> None:

@@ -18,6 +18,7 @@ from vaopd.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 40_000_000  # 120 MB as RGB; a 24-megapixel photograph passes
 MAX_BYTES = 200_000_000  # of an encoded image; no real one within MAX_PIXELS is larger
+STRIP = 65_536  # pixels that are hashed at a time
 
 
 def decode(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -49,7 +50,9 @@ def decode(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image
 def content_hash(image: Image.Image) -> str:
     """Hex sha256 of a decoded image's mode, size and pixels: equal exactly when the model is shown the same picture."""
     digest = hashlib.sha256(f"{image.mode} {image.width} {image.height}\n".encode())
-    digest.update(image.tobytes())
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):  # strips stay in the processor's cache; a photograph's bytes at once are new memory each time
+        digest.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     return digest.hexdigest()
 
 
@@ -107,7 +110,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = _high_byte(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # converting copies in any case
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
