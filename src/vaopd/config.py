@@ -20,7 +20,7 @@ from vaopd.views import View, options_of, view
 # weightings of vaopd.core
 METHODS: dict[str, dict[str, Any]] = {
     "va_opd": {"tau": 1.0, "lam": 0.5, "p_visual": 0.2, "eps": 1e-6, "absolute": False},
-    "opd": {},
+    "opd": {"per_token": False},
     "rollout_only": {"tau": 1.0, "eps": 1e-6, "absolute": False},
     "token_only": {"lam": 0.5, "p_visual": 0.2, "absolute": False},
     "random_tokens": {"tau": 1.0, "lam": 0.5, "p_visual": 0.2, "eps": 1e-6, "seed": 0},

@@ -75,6 +75,8 @@ def token_coefficients(a: list[float], rollout: list[int], group: list[int], wei
         if kind in ("VAOPD", "RolloutOnly", "RandomTokens"):
             means = [sum(a[i] for i in tokens[k]) / len(tokens[k]) for k in siblings]
             w = rollout_weights(means, o["tau"], o["eps"])
+        elif o.get("per_token"):
+            w = [len(tokens[k]) / sum(len(tokens[j]) for j in siblings) for k in siblings]
         else:
             w = [1 / len(siblings)] * len(siblings)
         for k, w_k in zip(siblings, w, strict=True):

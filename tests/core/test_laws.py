@@ -40,6 +40,7 @@ def weightings(core: ModuleType) -> list[object]:
         core.VAOPD(),
         core.VAOPD(tau=0.5, lam=0.8, p_visual=0.4),
         core.OPD(),
+        core.OPD(per_token=True),
         core.RolloutOnly(tau=2.0),
         core.TokenOnly(lam=0.3),
         core.RandomTokens(seed=3),
@@ -181,6 +182,11 @@ def test_every_weighting_equals_the_loops(core: ModuleType) -> None:
 def test_opd_is_the_mean_of_response_means(core: ModuleType) -> None:
     c_N = core.token_coefficients(f64(1.0, 0.0, 0.0, 2.0), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0]), core.OPD())
     close(c_N, [1 / 6] * 3 + [1 / 2])
+
+
+def test_opd_per_token_is_the_mean_of_all_tokens_of_a_prompt(core: ModuleType) -> None:
+    c_N = core.token_coefficients(torch.zeros(6), torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([5, 5, 3]), core.OPD(per_token=True))
+    close(c_N, [1 / 4] * 4 + [1 / 2] * 2)
 
 
 def test_permuting_siblings_permutes_weights(core: ModuleType) -> None:

@@ -22,7 +22,7 @@ split = {"lam": st.sampled_from([0.0, 0.3, 0.5, 1.0]), "p_visual": st.one_of(sha
 seeds = st.integers(0, 5)
 weightings = st.one_of(
     st.builds(core.VAOPD, **numbers, **split),
-    st.builds(core.OPD),
+    st.builds(core.OPD, per_token=st.booleans()),
     st.builds(core.RolloutOnly, **numbers),
     st.builds(core.TokenOnly, **split),
     st.builds(core.RandomTokens, **numbers, **split, seed=seeds),

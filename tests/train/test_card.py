@@ -123,6 +123,15 @@ def test_every_method_has_its_words(method: str) -> None:
     assert ("`nll`" in text) is False
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "words"),
+    [("va_opd", "absolute", "a_t is the size of that difference"), ("opd", "per_token", "`c_t = 1 / Σ_k T_k`")],
+)
+def test_a_rule_that_is_not_the_papers_is_told(method: str, option: str, words: str) -> None:
+    assert words in card(method={method: {option: True}})
+    assert words not in card(method={method: {option: False}})
+
+
 def test_the_student_as_its_own_teacher() -> None:
     text = card(method="sft", teacher="student", lora={})
     assert "taught by itself before training" in text

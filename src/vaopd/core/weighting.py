@@ -135,10 +135,17 @@ class VAOPD:
 
 @dataclass(frozen=True)
 class OPD:
-    """The baseline, eq. 1: the mean over tokens of each response, then the mean over siblings, `c_t = 1/(K·T_k)`."""
+    """The baseline, eq. 1: the mean over tokens of each response, then the mean over siblings, `c_t = 1/(K·T_k)`.
+
+    With `per_token` the mean over all tokens of the siblings, `c_t = 1/ΣT_k`: longer responses weigh more (not in the paper).
+    """
+
+    per_token: bool = False
 
     def rollout_shares(self, batch: Batch) -> Tensor:
-        return _siblings_alike(batch)
+        if not self.per_token:
+            return _siblings_alike(batch)
+        return batch.length_R / torch.bincount(batch.group_R, batch.length_R.double())[batch.group_R]
 
     def token_shares(self, batch: Batch) -> Tensor:
         return _tokens_alike(batch)

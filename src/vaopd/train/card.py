@@ -41,6 +41,10 @@ METHODS = {
     "off_policy_kd": "Distillation on the data's solutions instead of the student's own answers: `c_t = 1 / T`.",
     "sft": "Supervised fine-tuning on the data's solutions: `L = mean over prompts of mean_t −log p_S(y_t | v, q, y_<t)`; no teacher.",
 }
+VARIANTS = {
+    "absolute": "Other than in the paper, a_t is the size of that difference, whatever its sign.",
+    "per_token": "Other than in the paper, every token of a prompt's answers weighs the same: `c_t = 1 / Σ_k T_k`.",
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _method(config: RunConfig) -> str:
-    text = METHODS[config.method.name]
+    text = " ".join([METHODS[config.method.name], *(said for option, said in VARIANTS.items() if config.method.numbers.get(option))])
     if config.loss != "nll":
         text += " " + _LOSS.format(divergence=_code(config.loss)) + "."
     if not config.method.off_policy:
