@@ -131,7 +131,8 @@ def test_weightings_are_frozen_and_comparable() -> None:
 
 def test_no_rollouts_give_no_coefficients() -> None:
     empty = torch.empty(0, dtype=torch.long)
-    assert core.token_coefficients(torch.empty(0), empty, empty, core.VAOPD()).shape == (0,)
+    for weighting in (core.VAOPD(), core.OPD(), core.OPD(per_token=True)):
+        assert core.token_coefficients(torch.empty(0), empty, empty, weighting).shape == (0,)
     assert core.rollout_weights(torch.empty(0), empty).shape == (0,)
 
 
