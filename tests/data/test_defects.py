@@ -177,11 +177,10 @@ def test_a_repeated_question_is_mentioned(validate: Validate, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_photograph_takes_little_more_than_decoding_and_hashing(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """A JPEG of a megapixel, with every check that `vaopd validate` makes of a row: beside Pillow's decoding and a hash of the pixels.
+def test_fifty_photographs_a_second(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Of a megapixel, as JPEG, with every check that `vaopd validate` makes of a row; and little more than decoding and hashing alone.
 
-    In processor time, since others may use the machine, and the best of three turns: a fixed number of photographs a second holds on
-    one kind of processor and not on the next.
+    In one core's time, since others may use the machine, and the best of three turns. The second bound is the same on any processor.
     """
     photo = noise(96, 96).resize((1152, 864))
     (tmp_path / "photo.jpg").write_bytes(encoded(photo, "JPEG", quality=90))
@@ -192,7 +191,6 @@ def test_a_photograph_takes_little_more_than_decoding_and_hashing(recipe: Callab
     source, teacher = open_models(config, lambda text: None)
     assert teacher is not None
     check = row_check(config, (source, teacher), Renderer(source.processor))
-
     pixels = photo.tobytes()
 
     def least(_: object) -> None:
@@ -210,7 +208,9 @@ def test_a_photograph_takes_little_more_than_decoding_and_hashing(recipe: Callab
 
     turns = [(seconds(unavoidable), seconds(lambda: survey(path, check=check))) for _ in range(3)]
     least_time, checked = (min(times) for times in zip(*turns, strict=True))
-    print(f"{len(rows) / checked:.0f} photographs a second of one core, {checked / least_time:.2f} of the least")
+    speed = len(rows) / checked
+    print(f"{speed:.0f} photographs a second of one core, {checked / least_time:.2f} of the least")
+    assert speed >= 50
     assert checked <= 1.8 * least_time
     found = survey(path, check=check)
     assert found.pictures == 256
